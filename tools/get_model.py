@@ -31,7 +31,8 @@ TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 LAYER = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 
 
@@ -107,7 +108,8 @@ def tokenizer_json(tokens, token_types, merges, split_digits):
              for i, (token, kind) in enumerate(zip(tokens, token_types)) if kind == 3]
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": splitting if split_digits else byte_level, "post_processor": None, "decoder": {**byte_level, "add_prefix_space": True},
+        "pre_tokenizer": splitting if split_digits else byte_level, "post_processor": None,
+        "decoder": {**byte_level, "add_prefix_space": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
                   "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                   "vocab": {token: i for i, token in enumerate(tokens)},
