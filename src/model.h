@@ -1,0 +1,110 @@
+// The decoder: what it is (Config), what it learns (Weights), what a micro-batch leaves behind for the backward pass (Activations), and the two
+// lists of calls, forward() and backward(). Written once for every family and every device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "src/arena.h"
+#include "src/backend.h"
+#include "src/batch.h"
+#include "src/tensor.h"
+
+namespace orpo {
+
+// Names are the field's; family.h reads them from a Hugging Face config.json.
+struct Config {
+  std::string family;         // "llama"
+  int64_t vocab = 0;          // vocab_size
+  int64_t width = 0;          // hidden_size
+  int64_t intermediate = 0;   // intermediate_size
+  int layers = 0;             // num_hidden_layers
+  int heads = 0;              // num_attention_heads
+  int kv_heads = 0;           // num_key_value_heads
+  int head_dim = 0;           // head_dim, or width / heads
+  int64_t max_positions = 0;  // max_position_embeddings
+  double norm_epsilon = 1e-6; // rms_norm_eps
+  double rope_theta = 10000;
+  double initializer_range = 0.02;
+  bool tied_embeddings = false;
+  bool attention_bias = false;  // on query, key, value and attention output
+  bool mlp_bias = false;        // on gate, up and down
+
+  int64_t qkv_width() const { return static_cast<int64_t>(heads + 2 * kv_heads) * head_dim; }
+  int64_t attention_width() const { return static_cast<int64_t>(heads) * head_dim; }
+  AttentionShape attention_shape() const;
+  RopeShape rope_shape() const;
+  // Entries of all weight matrices that a row is multiplied with in every layer, and in the head (DESIGN: useful FLOPs).
+  int64_t matrix_weights() const;
+  int64_t head_weights() const { return vocab * width; }
+  int64_t parameters() const;
+};
+
+// Matrices are [out, in] as in Hugging Face checkpoints; fused ones hold their parts one after the other along out.
+struct LayerWeights {
+  Tensor attention_norm;         // [width]
+  Tensor qkv;                    // [(heads + 2 kv_heads) * head_dim, width]: query heads, key heads, value heads
+  Tensor qkv_bias;               // [(heads + 2 kv_heads) * head_dim] or absent
+  Tensor attention_output;       // [width, heads * head_dim]
+  Tensor attention_output_bias;  // [width] or absent
+  Tensor mlp_norm;               // [width]
+  Tensor gate_up;                // [2 * intermediate, width]: gate, then up
+  Tensor gate_up_bias;           // [2 * intermediate] or absent
+  Tensor down;                   // [width, intermediate]
+  Tensor down_bias;              // [width] or absent
+};
+
+// The weights, and in the same form their gradients, master copies and moments.
+struct Weights {
+  Tensor embedding;   // [vocab, width]
+  std::vector<LayerWeights> layers;
+  Tensor final_norm;  // [width]
+  Tensor output;      // [vocab, width]; the embedding itself where the family ties them
+
+  // Takes every tensor from the arena, all of one dtype, in the order of parameters().
+  static Weights allocate(const Config& config, DType dtype, Arena& arena);
+};
+
+// One trainable tensor. Every Weights of a Config lists the same parameters in the same order (a tied output once, as the embedding).
+struct Parameter {
+  std::string name;  // "layers.3.qkv"
+  Tensor tensor;
+  int layer;    // -1: embedding; config.layers: final norm and output
+  bool decays;  // weight decay applies: matrices yes, norms and biases no
+};
+std::vector<Parameter> parameters(const Config& config, const Weights& weights);
+
+// What forward() leaves for backward(), for one micro-batch.
+struct LayerActivations {
+  Tensor input;        // [rows, width] residual stream entering the layer
+  Tensor input_rstd;   // [rows] A
+  Tensor input_normed; // [rows, width]
+  Tensor qkv;          // [rows, (heads + 2 kv_heads) * head_dim] rotated
+  Tensor attention;    // [rows, heads * head_dim]
+  Tensor lse;          // [heads, rows] A
+  Tensor middle;       // [rows, width] residual stream after attention
+  Tensor middle_rstd;  // [rows] A
+  Tensor middle_normed;// [rows, width]
+  Tensor gate_up;      // [rows, 2 * intermediate]
+  Tensor activated;    // [rows, intermediate]
+};
+
+struct Activations {
+  std::vector<LayerActivations> layers;
+  Tensor branch;       // [rows, width] what the block just computed, not yet added to the residual stream
+  Tensor final;        // [rows, width] residual stream after the last layer
+  Tensor final_rstd;   // [rows] A
+  Tensor hidden;       // [rows, width] final norm's output: what the head reads
+
+  static Activations allocate(const Config& config, DType dtype, int64_t rows, Arena& arena);
+};
+
+// tokens -> activations.hidden [rows, width] T. Reads weights, writes activations.
+void forward(const Config& config, const Weights& weights, Activations& activations, const DeviceBatch& batch, Backend& backend);
+
+// dhidden [rows, width] T (consumed) -> gradients +=. The steps of forward() in reverse, with their numbers. scratch: memory for activation gradients.
+void backward(const Config& config, const Weights& weights, const Weights& gradients, const Activations& activations, const Tensor& dhidden,
+              const DeviceBatch& batch, Backend& backend, Arena& scratch);
+
+}  // namespace orpo
