@@ -114,8 +114,9 @@ struct Backend {
   virtual void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) = 0;
   // preference: results[pairs] and coefficient[targets] A, where coefficient = -dL/dlogp of each target:
   //   prompt and chosen targets 1 / nll_tokens; response targets plus lambda / pairs * (-d loss / d mean) / tokens of that response.
-  // logp[targets] A in the order of batch.target_rows. Written to host memory; the only numbers a step reads back.
-  virtual void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const DeviceBatch& batch, Objective objective,
+  // logp[targets] A in the order of Batch::target_rows; pair_targets[pairs, 4] int32 as in DeviceBatch, or a slice of it: only the targets of the
+  // pairs named there are read and written. results is host memory: the only numbers a step reads back.
+  virtual void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets, Objective objective,
                           double lambda, const Normalisers& normalisers, bool nll_includes_prompt) = 0;
   // dlogits[n, vocab] T = c * (softmax(logits) - onehot(target)), c = coefficient[n] A: dL/dlogits. dlogits may lie over logits, each row at
   // the start of its own logits row (row_pitch says so): the compute dtype is never wider than A.

@@ -1,0 +1,196 @@
+#include "src/model.h"
+
+#include <cmath>
+
+namespace orpo {
+
+AttentionShape Config::attention_shape() const {
+  return {heads, kv_heads, head_dim, static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim))), 0};
+}
+
+RopeShape Config::rope_shape() const { return {heads, kv_heads, head_dim, head_dim, rope_theta}; }
+
+int64_t Config::matrix_weights() const { return layers * width * (qkv_width() + attention_width() + 3 * intermediate); }
+
+int64_t Config::parameters() const {
+  const int64_t biases = (attention_bias ? qkv_width() + width : 0) + (mlp_bias ? 2 * intermediate + width : 0);
+  return matrix_weights() + head_weights() * (tied_embeddings ? 1 : 2) + layers * (2 * width + biases) + width;
+}
+
+Weights Weights::allocate(const Config& c, DType dtype, Arena& arena) {
+  Weights w;
+  const auto take = [&](const std::string& name, std::initializer_list<int64_t> shape) { return arena.allocate(name, dtype, shape); };
+  w.embedding = take("embedding", {c.vocab, c.width});
+  for (int i = 0; i < c.layers; ++i) {
+    const std::string layer = "layers." + std::to_string(i) + ".";
+    LayerWeights l;
+    l.attention_norm = take(layer + "attention_norm", {c.width});
+    l.qkv = take(layer + "qkv", {c.qkv_width(), c.width});
+    if (c.attention_bias) l.qkv_bias = take(layer + "qkv_bias", {c.qkv_width()});
+    l.attention_output = take(layer + "attention_output", {c.width, c.attention_width()});
+    if (c.attention_bias) l.attention_output_bias = take(layer + "attention_output_bias", {c.width});
+    l.mlp_norm = take(layer + "mlp_norm", {c.width});
+    l.gate_up = take(layer + "gate_up", {2 * c.intermediate, c.width});
+    if (c.mlp_bias) l.gate_up_bias = take(layer + "gate_up_bias", {2 * c.intermediate});
+    l.down = take(layer + "down", {c.width, c.intermediate});
+    if (c.mlp_bias) l.down_bias = take(layer + "down_bias", {c.width});
+    w.layers.push_back(l);
+  }
+  w.final_norm = take("final_norm", {c.width});
+  w.output = c.tied_embeddings ? w.embedding : take("output", {c.vocab, c.width});
+  return w;
+}
+
+std::vector<Parameter> parameters(const Config& c, const Weights& w) {
+  std::vector<Parameter> list;
+  const auto add = [&](const std::string& name, const Tensor& tensor, int layer) {
+    if (tensor) list.push_back({name, tensor, layer, tensor.rank > 1});
+  };
+  add("embedding", w.embedding, -1);
+  for (int i = 0; i < c.layers; ++i) {
+    const std::string layer = "layers." + std::to_string(i) + ".";
+    const LayerWeights& l = w.layers[i];
+    add(layer + "attention_norm", l.attention_norm, i);
+    add(layer + "qkv", l.qkv, i);
+    add(layer + "qkv_bias", l.qkv_bias, i);
+    add(layer + "attention_output", l.attention_output, i);
+    add(layer + "attention_output_bias", l.attention_output_bias, i);
+    add(layer + "mlp_norm", l.mlp_norm, i);
+    add(layer + "gate_up", l.gate_up, i);
+    add(layer + "gate_up_bias", l.gate_up_bias, i);
+    add(layer + "down", l.down, i);
+    add(layer + "down_bias", l.down_bias, i);
+  }
+  add("final_norm", w.final_norm, c.layers);
+  if (!c.tied_embeddings) add("output", w.output, c.layers);
+  return list;
+}
+
+Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Arena& arena) {
+  Activations a;
+  const DType sums = accumulation_dtype(dtype);
+  for (int i = 0; i < c.layers; ++i) {
+    LayerActivations l;
+    l.input = arena.allocate("layer input", dtype, {rows, c.width});
+    l.input_rstd = arena.allocate("norm statistics", sums, {rows});
+    l.input_normed = arena.allocate("attention norm", dtype, {rows, c.width});
+    l.qkv = arena.allocate("query, key, value", dtype, {rows, c.qkv_width()});
+    l.attention = arena.allocate("attention", dtype, {rows, c.attention_width()});
+    l.lse = arena.allocate("attention statistics", sums, {c.heads, rows});
+    l.middle = arena.allocate("layer middle", dtype, {rows, c.width});
+    l.middle_rstd = arena.allocate("norm statistics", sums, {rows});
+    l.middle_normed = arena.allocate("mlp norm", dtype, {rows, c.width});
+    l.gate_up = arena.allocate("gate, up", dtype, {rows, 2 * c.intermediate});
+    l.activated = arena.allocate("activation", dtype, {rows, c.intermediate});
+    a.layers.push_back(l);
+  }
+  a.branch = arena.allocate("branch", dtype, {rows, c.width});
+  a.final = arena.allocate("final residual", dtype, {rows, c.width});
+  a.final_rstd = arena.allocate("norm statistics", sums, {rows});
+  a.hidden = arena.allocate("hidden", dtype, {rows, c.width});
+  return a;
+}
+
+void forward(const Config& c, const Weights& w, Activations& a, const DeviceBatch& batch, Backend& backend) {
+  const RopeShape rope = c.rope_shape();
+  const AttentionShape attention = c.attention_shape();
+
+  backend.begin(-1, Pass::forward);
+  // 1. Tokens become vectors: the residual stream starts.
+  Tensor residual = c.layers > 0 ? a.layers[0].input : a.final;
+  backend.embedding_forward(residual, w.embedding, batch.tokens);
+  backend.end(-1, Pass::forward);
+
+  Tensor branch;  // what the last block computed; the next norm adds it to the residual stream
+  for (int i = 0; i < c.layers; ++i) {
+    const LayerWeights& lw = w.layers[i];
+    LayerActivations& la = a.layers[i];
+    backend.begin(i, Pass::forward);
+    // 2. Add the block before, normalise.
+    backend.norm_forward(la.input_normed, la.input, la.input_rstd, residual, branch, lw.attention_norm, c.norm_epsilon);
+    // 3. Queries, keys and values of all heads in one product.
+    backend.linear_forward(la.qkv, la.input_normed, lw.qkv, lw.qkv_bias);
+    // 4. Positions rotate queries and keys.
+    backend.rope_forward(la.qkv, batch.positions, rope);
+    // 5. Each row looks back over its own sequence.
+    backend.attention_forward(la.attention, la.lse, la.qkv, batch, attention);
+    // 6. Heads are mixed.
+    backend.linear_forward(a.branch, la.attention, lw.attention_output, lw.attention_output_bias);
+    // 7. Add, normalise.
+    backend.norm_forward(la.middle_normed, la.middle, la.middle_rstd, la.input, a.branch, lw.mlp_norm, c.norm_epsilon);
+    // 8. Gate and up in one product.
+    backend.linear_forward(la.gate_up, la.middle_normed, lw.gate_up, lw.gate_up_bias);
+    // 9. silu(gate) * up.
+    backend.activation_forward(la.activated, la.gate_up);
+    // 10. Back down to the stream's width.
+    backend.linear_forward(a.branch, la.activated, lw.down, lw.down_bias);
+    backend.end(i, Pass::forward);
+    residual = la.middle;
+    branch = a.branch;
+  }
+
+  backend.begin(c.layers, Pass::forward);
+  // 11. Add, normalise: what the head reads.
+  backend.norm_forward(a.hidden, a.final, a.final_rstd, residual, branch, w.final_norm, c.norm_epsilon);
+  backend.end(c.layers, Pass::forward);
+}
+
+void backward(const Config& c, const Weights& w, const Weights& g, const Activations& a, const Tensor& dhidden, const DeviceBatch& batch,
+              Backend& backend, Arena& scratch) {
+  const Arena::Scope scope(scratch);
+  const RopeShape rope = c.rope_shape();
+  const AttentionShape attention = c.attention_shape();
+  const DType dtype = dhidden.dtype;
+  const int64_t rows = dhidden.rows();
+  // The residual stream's gradient: every block adds its share on the way back.
+  const Tensor dresidual = scratch.allocate("d residual", dtype, {rows, c.width});
+
+  backend.begin(c.layers, Pass::backward);
+  // 11.
+  backend.zero(dresidual);
+  backend.norm_backward(dresidual, g.final_norm, dhidden, a.final, a.final_rstd, w.final_norm);
+  backend.end(c.layers, Pass::backward);
+
+  const Tensor dnormed = dhidden;  // consumed above: its memory takes the norms' output gradients from here on
+  for (int i = c.layers - 1; i >= 0; --i) {
+    const LayerWeights &lw = w.layers[i], &lg = g.layers[i];
+    const LayerActivations& la = a.layers[i];
+    backend.begin(i, Pass::backward);
+    {
+      const Arena::Scope block(scratch);
+      const Tensor dactivated = scratch.allocate("d activation", dtype, {rows, c.intermediate});
+      const Tensor dgate_up = scratch.allocate("d gate, up", dtype, {rows, 2 * c.intermediate});
+      // 10. An addition hands its gradient to both sides: dresidual is the gradient of the branch as well.
+      backend.linear_backward(dactivated, lg.down, lg.down_bias, dresidual, la.activated, lw.down);
+      // 9.
+      backend.activation_backward(dgate_up, dactivated, la.gate_up);
+      // 8.
+      backend.linear_backward(dnormed, lg.gate_up, lg.gate_up_bias, dgate_up, la.middle_normed, lw.gate_up);
+      // 7.
+      backend.norm_backward(dresidual, lg.mlp_norm, dnormed, la.middle, la.middle_rstd, lw.mlp_norm);
+    }
+    {
+      const Arena::Scope block(scratch);
+      const Tensor dattention = scratch.allocate("d attention", dtype, {rows, c.attention_width()});
+      const Tensor dqkv = scratch.allocate("d query, key, value", dtype, {rows, c.qkv_width()});
+      // 6.
+      backend.linear_backward(dattention, lg.attention_output, lg.attention_output_bias, dresidual, la.attention, lw.attention_output);
+      // 5.
+      backend.attention_backward(dqkv, dattention, la.attention, la.lse, la.qkv, batch, attention);
+      // 4.
+      backend.rope_backward(dqkv, batch.positions, rope);
+      // 3.
+      backend.linear_backward(dnormed, lg.qkv, lg.qkv_bias, dqkv, la.input_normed, lw.qkv);
+      // 2.
+      backend.norm_backward(dresidual, lg.attention_norm, dnormed, la.input, la.input_rstd, lw.attention_norm);
+    }
+    backend.end(i, Pass::backward);
+  }
+
+  backend.begin(-1, Pass::backward);
+  // 1.
+  backend.embedding_backward(g.embedding, dresidual, batch.tokens);
+  backend.end(-1, Pass::backward);
+}
+
+}  // namespace orpo
