@@ -1,0 +1,267 @@
+#include "src/config.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+
+#include "src/fail.h"
+#include "src/options.h"
+#include "src/toml.h"
+
+namespace orpo {
+namespace {
+
+// Names of other trainers that nearly mean an option of ours, and the option to use.
+const std::map<std::string, const char*>& near_misses() {
+  static const std::map<std::string, const char*> names = {
+      {"per-device-train-batch-size", "a step's pairs on all devices together are --batch-pairs; rows computed at a time are --micro-tokens"},
+      {"gradient-accumulation-steps", "a step's pairs are --batch-pairs; accumulation over micro-batches of --micro-tokens rows follows by itself"},
+      {"per-device-eval-batch-size", "evaluation computes --micro-tokens rows at a time"},
+      {"eval-batch-size", "evaluation computes --micro-tokens rows at a time"},
+      {"train-batch-size", "use --batch-pairs: pairs of a whole step"},
+      {"batch-size", "use --batch-pairs: pairs of a whole step"},
+      {"auto-find-batch-size", "--micro-tokens auto is the default; memory is planned before the run (--plan)"},
+      {"bf16", "use --dtype bf16"},
+      {"fp16", "use --dtype bf16 or --dtype fp32; half precision with loss scaling is not offered"},
+      {"tf32", "use --dtype bf16 or --dtype fp32"},
+      {"load-in-8bit", "quantised training is not offered; use --dtype bf16"},
+      {"load-in-4bit", "quantised training is not offered; use --dtype bf16"},
+      {"report-to", "metrics always go to metrics.jsonl and TensorBoard events in --output; nothing is sent anywhere"},
+      {"logging-steps", "every step is logged, to metrics.jsonl in --output"},
+      {"logging-dir", "use --metrics FILE; TensorBoard events lie in --output"},
+      {"lr", "use --learning-rate"},
+      {"lr-scheduler-type", "use --lr-schedule constant, linear, cosine or inverse-sqrt; --warmup-steps works with each"},
+      {"warmup-ratio", "use --warmup-steps"},
+      {"optim", "the optimiser is AdamW; see --adam-beta1 and the options after it"},
+      {"eval-strategy", "use --eval-every STEPS"},
+      {"evaluation-strategy", "use --eval-every STEPS"},
+      {"eval-steps", "use --eval-every STEPS"},
+      {"save-strategy", "use --save-every STEPS"},
+      {"save-steps", "use --save-every STEPS"},
+      {"save-total-limit", "use --keep"},
+      {"overwrite-output-dir", "use --overwrite, which replaces the run in --output"},
+      {"dataset-name", "use --data with JSON Lines files"},
+      {"train-file", "use --data"},
+      {"validation-file", "use --eval-data"},
+      {"max-seq-length", "use --max-length: prompt and response together"},
+      {"max-completion-length", "use --max-length: prompt and response together"},
+      {"max-target-length", "use --max-length: prompt and response together"},
+      {"truncation-mode", "use --on-long truncate: a prompt keeps its end, a response its start"},
+      {"chat-template", "use --template"},
+      {"loss-type", "use --objective"},
+      {"use-cpu", "use --device cpu"},
+      {"no-cuda", "use --device cpu"},
+      {"dataloader-num-workers", "use --threads"},
+      {"num-threads", "use --threads"},
+  };
+  return names;
+}
+
+std::string dashes(std::string name) {
+  std::replace(name.begin(), name.end(), '_', '-');
+  return name;
+}
+
+// Levenshtein distance.
+size_t distance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t substituted = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substituted});
+    }
+  }
+  return row.back();
+}
+
+const Option* find_option(Program program, const std::string& name) {
+  for (const Option& o : option_table())
+    if (o.concerns(program) && (o.name == name || std::find(o.aliases.begin(), o.aliases.end(), name) != o.aliases.end()))
+      return &o;
+  return nullptr;
+}
+
+[[noreturn]] void unknown(Program program, const std::string& where, const std::string& name) {
+  if (const auto near = near_misses().find(name); near != near_misses().end()) fail(where, ": ", near->second);
+  for (Program other : {Program::train, Program::eval, Program::data})
+    if (find_option(other, name)) fail(where, ": an option of ", program_name(other), ", not of ", program_name(program));
+  std::string nearest = "config";
+  for (const Option& o : option_table())
+    if (o.concerns(program) && distance(name, o.name) < distance(name, nearest)) nearest = o.name;
+  fail(where, ": unknown option; the nearest is --", nearest, " (--help lists all)");
+}
+
+// One option's values, from wherever they came.
+void assign(Options& options, const Option& option, const std::string& where, const std::vector<std::string>& values) {
+  if (option.list && !options.given.count(option.name)) option.clear(options);
+  options.given.insert(option.name);
+  for (const std::string& value : values) {
+    try {
+      option.set(options, value);
+    } catch (const UserError& e) {
+      fail(where, ": ", e.what());
+    }
+  }
+}
+
+struct Given {
+  const Option* option;
+  std::string where;  // as the user wrote the name
+  std::vector<std::string> values;
+};
+
+struct CommandLine {
+  std::vector<Given> options;
+  std::string config;
+  bool help = false;
+};
+
+// --name VALUE, --name=VALUE, --flag, --no-flag, --list A B C.
+CommandLine read_command_line(Program program, int argc, const char* const* argv) {
+  CommandLine line;
+  for (int i = 1; i < argc;) {
+    const std::string word = argv[i++];
+    if (word == "-h" || word == "--help") {
+      line.help = true;
+      continue;
+    }
+    if (word.size() < 3 || word.compare(0, 2, "--") != 0)
+      fail("'", word, "': an option was expected here, such as --", program == Program::train ? "data" : "model");
+    const size_t equals = word.find('=');
+    const std::string where = word.substr(0, equals);
+    std::string name = dashes(where.substr(2));
+    std::vector<std::string> values;
+    if (equals != std::string::npos) values.push_back(word.substr(equals + 1));
+
+    const Option* option = name == "config" ? nullptr : find_option(program, name);
+    if (!option && name.rfind("no-", 0) == 0 && values.empty()) {
+      option = find_option(program, name.substr(3));
+      if (option && !option->is_flag()) option = nullptr;
+      if (option) values.push_back("false");
+    }
+    if (!option && name != "config") unknown(program, where, name);
+    const bool list = option && option->list;
+    const bool wants_value = !option || !option->is_flag();
+    while (wants_value && i < argc && std::string(argv[i]).compare(0, 2, "--") != 0 && (values.empty() || list)) values.push_back(argv[i++]);
+    if (values.empty() && option && !option->implied.empty()) values.push_back(option->implied);
+    if (values.empty()) fail(where, ": needs a value (", option ? option->value : "FILE", ")");
+    if (option)
+      line.options.push_back({option, where, values});
+    else
+      line.config = values.front();
+  }
+  return line;
+}
+
+void read_config_file(Program program, const std::string& file, Options& options) {
+  for (const TomlEntry& entry : read_toml(file)) {
+    const std::string where = concat(file, ":", entry.line, ": ", entry.key), name = dashes(entry.key);
+    const Option* option = find_option(program, name);
+    if (!option) {
+      // A recipe serves every program: what concerns another one is left to it.
+      const bool other = find_option(Program::train, name) || find_option(Program::eval, name) || find_option(Program::data, name);
+      if (other) continue;
+      unknown(program, where, name);
+    }
+    if (entry.is_array && !option->list) fail(where, ": one value, not an array");
+    assign(options, *option, where, entry.values);
+  }
+}
+
+// What no single option can tell.
+void check_together(Program program, const Options& o) {
+  if (program != Program::train) {
+    if (o.model.empty()) fail("--model: which model? Give a Hugging Face folder");
+    if (o.data.empty()) fail("--data: which rows? Give JSON Lines files");
+  } else if (o.resume.empty()) {
+    if (o.model.empty() && !o.data.empty()) fail("--model: which model? Give a Hugging Face folder, or neither --model nor --data for the demonstration");
+    if (!o.model.empty() && o.data.empty() && !o.plan) fail("--data: which rows? Give JSON Lines files");
+    if (o.model.empty() && o.plan) fail("--plan: needs --model (a folder with a config.json)");
+    if (o.model.empty() && o.init == Init::random) fail("--init: random needs --model (a folder with a config.json)");
+  }
+  if (o.overwrite && !o.resume.empty()) fail("--resume: goes on with the run that --overwrite would replace; give one of them");
+  if (!o.save_gradients.empty() && !o.resume.empty()) fail("--save-gradients: shows the first step of a fresh run; leave out --resume");
+  if (o.max_length && o.max_prompt_length > o.max_length)
+    fail("--max-prompt-length: ", o.max_prompt_length, " is more than --max-length ", o.max_length);
+  if (o.device == "cuda") fail("--device: this build has no CUDA backend; use cpu");
+  if (o.device != "auto" && o.device != "cpu") fail("--device: '", o.device, "' is not one of auto|cpu");
+}
+
+}  // namespace
+
+Options parse_options(Program program, int argc, const char* const* argv) {
+  const CommandLine line = read_command_line(program, argc, argv);
+  if (line.help) {
+    std::fputs(help_text(program).c_str(), stdout);
+    std::exit(exit_finished);
+  }
+  Options options;
+  if (!line.config.empty()) read_config_file(program, line.config, options);
+  const std::set<std::string> from_file = std::exchange(options.given, {});  // so that a list given here replaces the file's
+  for (const Given& given : line.options) assign(options, *given.option, given.where, given.values);
+  options.given.insert(from_file.begin(), from_file.end());
+  check_together(program, options);
+  return options;
+}
+
+std::string help_text(Program program) {
+  constexpr size_t column = 34;
+  const Options defaults;
+  std::string text = concat("usage: ", program_name(program), " [options]\n");
+  if (program == Program::train) text += "Without --model and --data: the shipped demonstration.\n";
+  const auto line = [&](std::string left, const std::string& right) {
+    left = "  " + left;
+    text += left + (left.size() + 1 < column ? std::string(column - left.size(), ' ') : "\n" + std::string(column, ' ')) + right + "\n";
+  };
+  std::string group;
+  for (const Option& o : option_table()) {
+    if (!o.concerns(program)) continue;
+    if (group != o.group) text += concat("\n", group = o.group, "\n");
+    const std::string value = o.default_text.empty() ? o.get(defaults) : o.default_text;
+    const bool says_default = !value.empty() && value != "false";
+    line("--" + o.name + (o.is_flag() ? "" : " " + o.value), o.help + (says_default ? " (default: " + (value == "true" ? "on" : value) + ")" : ""));
+  }
+  text += "\nEvery program\n";
+  line("--config FILE", "options from a TOML file, under the same names; the command line wins");
+  line("--help", "this text");
+  return text;
+}
+
+std::vector<std::pair<std::string, std::string>> option_values(Program program, const Options& options) {
+  std::vector<std::pair<std::string, std::string>> values;
+  for (const Option& o : option_table())
+    if (o.concerns(program)) values.emplace_back(o.name, o.get(options));
+  return values;
+}
+
+void adopt_options(Options& options, const std::vector<std::pair<std::string, std::string>>& saved) {
+  const Options defaults;
+  for (const auto& [name, value] : saved) {
+    const Option* found = find_option(Program::train, name);
+    if (!found) fail("the checkpoint was written with --", name, ", an option that this build does not have");
+    const Option& option = *found;
+    if (option.resume == Option::Resume::asks) continue;
+    if (options.given.count(name)) {
+      if (option.resume == Option::Resume::insists && option.get(options) != value)
+        fail("--", name, ": this run was started with '", value, "', and its checkpoint means nothing with '", option.get(options),
+             "'; leave the option out, or start afresh");
+      continue;
+    }
+    if (value == option.get(defaults)) continue;
+    std::vector<std::string> values;
+    for (size_t begin = 0; begin <= value.size();) {
+      const size_t end = option.list ? std::min(value.find('\n', begin), value.size()) : value.size();
+      values.push_back(value.substr(begin, end - begin));
+      begin = end + 1;
+    }
+    assign(options, option, "checkpoint's --" + name, values);
+    options.given.erase(name);
+  }
+}
+
+}  // namespace orpo
