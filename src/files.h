@@ -1,0 +1,98 @@
+// Files that are whole or absent: everything the trainer writes goes beside its place, is fsynced, and is renamed into it last.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace orpo {
+
+// XXH64 with seed 0 (Collet, the xxHash specification), over pieces in order: the checksum of every tensor and file of a checkpoint.
+class Hasher {
+ public:
+  void add(std::span<const std::byte> piece);
+  uint64_t value() const;
+
+ private:
+  uint64_t lanes_[4] = {0x60EA27EEADC0B5D6u, 0xC2B2AE3D27D4EB4Fu, 0, 0x61C8864E7A143579u};
+  uint64_t total_ = 0;
+  std::byte rest_[32];  // the total_ % 32 bytes that do not fill a stripe yet
+};
+
+uint64_t xxh64(std::span<const std::byte> data);
+
+// A piece of a file that was written, and the checksum of what was meant to be written there.
+struct FilePart {
+  std::string file;      // name within its folder
+  std::string what;      // a tensor's name, "header", or "file" for a whole one
+  int64_t begin, bytes;  // where in the file
+  uint64_t hash;
+};
+
+inline std::span<const std::byte> bytes_of(std::string_view text) { return std::as_bytes(std::span(text.data(), text.size())); }
+
+// A file in memory, read-only. Throws UserError naming the file where it is absent, unreadable or no regular file.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::filesystem::path& path);
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&&) = delete;
+  ~MappedFile();
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+  std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
+
+ private:
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// A file being written from start to end. What the machine refuses (no space, no permission, an I/O error) is a MachineError naming path and
+// reason. finish() flushes to the device (fsync); without it the file is only closed: half-written files live in folders nobody reads.
+class OutputFile {
+ public:
+  explicit OutputFile(const std::filesystem::path& path);
+  OutputFile(const OutputFile&) = delete;
+  ~OutputFile();
+
+  void write(std::span<const std::byte> data);
+  void finish();
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_;
+};
+
+// The whole file as text. Throws UserError like MappedFile.
+std::string read_file(const std::filesystem::path& path);
+// Writes and fsyncs; the name may show a part of the file until it returns.
+FilePart write_file(const std::filesystem::path& path, std::string_view text);
+// The name shows the old file or the whole new one, at every moment.
+void write_file_atomically(const std::filesystem::path& path, std::string_view text);
+// Byte for byte, fsynced.
+FilePart copy_file(const std::filesystem::path& from, const std::filesystem::path& to);
+
+// Folders. All throw MachineError naming path and reason.
+void make_folder(const std::filesystem::path& folder);                                     // with its parents; one that exists is fine
+void sync_folder(const std::filesystem::path& folder);                                     // fsync: names in it survive a power cut
+void rename_path(const std::filesystem::path& from, const std::filesystem::path& to);      // atomic, then both parents are fsynced
+void remove_tree(const std::filesystem::path& path);                                       // absent is fine
+// Drops what the kernel keeps of a file that was fsynced, so that the next read comes from the device.
+void forget_cached(const std::filesystem::path& path);
+
+// One process at a time writes a folder: held from construction to the end of the process or the object. Throws UserError when another
+// process holds it. Needs no file: the folder itself is locked (flock).
+class FolderLock {
+ public:
+  explicit FolderLock(const std::filesystem::path& folder);
+  FolderLock(const FolderLock&) = delete;
+  ~FolderLock();
+
+ private:
+  int descriptor_;
+};
+
+}  // namespace orpo
