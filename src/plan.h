@@ -1,0 +1,58 @@
+// Memory, known before a run starts: the largest micro-batch that --micro-tokens and the lengths allow passes once through the same code as in
+// training, on arenas that only count. The run then takes exactly that, once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "src/head.h"
+#include "src/model.h"
+
+namespace orpo {
+
+// The largest micro-batch: no micro-batch of the run has more of anything.
+struct MicroLimits {
+  int64_t rows, targets, pairs;
+};
+
+struct PlanRequest {
+  Config config;
+  DType dtype = DType::f32;
+  HeadSettings head;
+  int64_t micro_tokens = 0;       // 0: choose
+  int64_t largest_pair_rows = 0;  // most stream rows of one pair: the data's, or what the lengths allow
+  int64_t step_pairs = 0;         // most pairs that one micro-batch can be made of: --batch-pairs, or the rows of an evaluation
+  bool trains = true;
+};
+
+struct MemoryPlan {
+  struct Line {
+    std::string what;
+    int64_t bytes;
+  };
+  int64_t micro_tokens = 0;
+  MicroLimits limits{};
+  int64_t state_bytes = 0;    // weights, masters, moments, gradients
+  int64_t scratch_bytes = 0;  // high-water mark of a micro-batch
+  std::vector<Line> lines;    // parts; the head and the backward pass use the same memory one after the other
+  int64_t total() const { return state_bytes + scratch_bytes; }
+};
+
+// Most stream rows that a pair of sequences of at most max_length tokens can take: no shared prompt at all.
+int64_t largest_pair(int64_t max_length);
+
+// The plan at micro_tokens, or at the best size that fits (about 2,000 rows, no fewer than the largest pair). memory: bytes there are.
+// Throws UserError where it does not fit, naming the largest --micro-tokens that does.
+MemoryPlan make_plan(const PlanRequest& request, int64_t memory);
+
+// A batch that reaches every limit: what the rehearsal runs.
+Batch largest_batch(const MicroLimits& limits, bool score_prompt);
+
+// Bytes that this machine can give a new process now: free memory, or what is left of a container's limit.
+int64_t available_memory();
+
+// What, bytes, high-water mark.
+std::string plan_table(const MemoryPlan& plan, const PlanRequest& request, int64_t memory);
+
+}  // namespace orpo

@@ -1,0 +1,166 @@
+#include "src/trainer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "src/fail.h"
+#include "src/rng.h"
+#include "src/signals.h"
+
+namespace orpo {
+
+TrainingTensors TrainingTensors::allocate_weights(const Config& config, DType dtype, Arena& arena) {
+  TrainingTensors t;
+  t.weights = Weights::allocate(config, dtype, arena);
+  return t;
+}
+
+TrainingTensors TrainingTensors::allocate(const Config& config, DType dtype, Arena& arena) {
+  TrainingTensors t = allocate_weights(config, dtype, arena);
+  const DType sums = accumulation_dtype(dtype);
+  t.masters = dtype == sums ? t.weights : Weights::allocate(config, sums, arena);
+  t.first = Weights::allocate(config, sums, arena);
+  t.second = Weights::allocate(config, sums, arena);
+  t.gradients = Weights::allocate(config, sums, arena);
+  return t;
+}
+
+DeviceBatch to_device(const Batch& batch, Backend& backend, Arena& arena) {
+  const auto upload = [&](const void* host, std::initializer_list<int64_t> shape) {
+    const Tensor t = arena.allocate("batch", DType::i32, shape);
+    backend.upload(t, host);
+    return t;
+  };
+  return {upload(batch.tokens.data(), {batch.rows()}),
+          upload(batch.positions.data(), {batch.rows()}),
+          upload(batch.segments.data(), {static_cast<int64_t>(batch.segments.size()), 4}),
+          upload(batch.target_rows.data(), {batch.targets()}),
+          upload(batch.target_tokens.data(), {batch.targets()}),
+          upload(batch.pair_targets.data(), {batch.pairs(), 4}),
+          &batch};
+}
+
+MicroBatch::MicroBatch(DeviceModel& model, const Batch& batch)
+    : model_(model),
+      scope_(model.scratch),
+      batch_(to_device(batch, model.backend, model.scratch)),
+      activations_(Activations::allocate(model.config, model.dtype, batch.rows(), model.scratch)) {
+  if (model.tensors.trains()) dhidden_ = model.scratch.allocate("d hidden", model.dtype, {batch.rows(), model.config.width});
+}
+
+void MicroBatch::forward() { orpo::forward(model_.config, model_.tensors.weights, activations_, batch_, model_.backend); }
+
+std::vector<PairResult> MicroBatch::head(const Normalisers& normalisers) {
+  const bool trains = model_.tensors.trains();
+  return orpo::head(model_.config, model_.tensors.weights, trains ? &model_.tensors.gradients : nullptr, trains ? &dhidden_ : nullptr,
+                    activations_.hidden, batch_, normalisers, model_.head, model_.backend, model_.scratch);
+}
+
+void MicroBatch::backward() {
+  orpo::backward(model_.config, model_.tensors.weights, model_.tensors.gradients, activations_, dhidden_, batch_, model_.backend, model_.scratch);
+}
+
+void zero_gradients(DeviceModel& model) {
+  for (const Parameter& g : parameters(model.config, model.tensors.gradients)) model.backend.zero(g.tensor);
+}
+
+void reduce_gradients(DeviceModel& model, Communicator& communicator) {
+  for (const Parameter& g : parameters(model.config, model.tensors.gradients)) communicator.all_reduce(g.tensor);
+}
+
+GradientNorm gradient_norm(const DeviceModel& model) {
+  GradientNorm result;
+  for (const Parameter& g : parameters(model.config, model.tensors.gradients)) result.squares.push_back(model.backend.sum_of_squares(g.tensor));
+  result.norm = std::sqrt(std::accumulate(result.squares.begin(), result.squares.end(), 0.0));
+  return result;
+}
+
+double clip_factor(double norm, double max_norm) { return max_norm > 0 ? std::min(1.0, max_norm / (norm + 1e-6)) : 1.0; }
+
+void update_weights(DeviceModel& model, const AdamW& settings) {
+  const TrainingTensors& t = model.tensors;
+  const auto weights = parameters(model.config, t.weights), masters = parameters(model.config, t.masters), first = parameters(model.config, t.first),
+             second = parameters(model.config, t.second), gradients = parameters(model.config, t.gradients);
+  AdamW plain = settings;
+  plain.weight_decay = 0;
+  for (size_t i = 0; i < weights.size(); ++i)
+    model.backend.adamw(weights[i].tensor, masters[i].tensor, first[i].tensor, second[i].tensor, gradients[i].tensor, weights[i].decays ? settings : plain);
+}
+
+namespace {
+
+[[noreturn]] void fail_tensors(const char* what, const std::vector<std::string>& names) {
+  std::string list;
+  for (size_t i = 0; i < std::min<size_t>(names.size(), 5); ++i) list += (i ? ", " : "") + names[i];
+  if (names.size() > 5) list += concat(" and ", names.size() - 5, " more");
+  fail_machine("first step: ", what, ": ", list, "; the run stops rather than train a part of the model");
+}
+
+}  // namespace
+
+void check_first_gradients(const DeviceModel& model, const GradientNorm& gradients) {
+  const std::vector<Parameter> list = parameters(model.config, model.tensors.gradients);
+  std::vector<std::string> silent;
+  for (size_t i = 0; i < list.size(); ++i)
+    if (!(gradients.squares[i] > 0) || !std::isfinite(gradients.squares[i])) silent.push_back(list[i].name);
+  if (!silent.empty()) fail_tensors("no gradient reached", silent);
+}
+
+void check_first_moments(const DeviceModel& model) {
+  std::vector<std::string> unchanged;
+  for (const Parameter& m : parameters(model.config, model.tensors.first))
+    if (!(model.backend.sum_of_squares(m.tensor) > 0)) unchanged.push_back(m.name);
+  if (!unchanged.empty()) fail_tensors("AdamW left the moments unchanged of", unchanged);
+}
+
+void draw_weights(DeviceModel& model, uint64_t seed) {
+  uint32_t index = 0;
+  for (const Parameter& p : parameters(model.config, model.tensors.weights)) {
+    const Random random(seed, RandomStream::weights, index++);
+    const int64_t n = p.tensor.elements();
+    std::vector<float> values(n);
+    const bool matrix = p.tensor.rank > 1, norm = p.name.find("norm") != std::string::npos;
+#pragma omp parallel for
+    for (int64_t i = 0; i < n; ++i)
+      values[i] = matrix ? static_cast<float>(model.config.initializer_range * random.normal(static_cast<uint64_t>(i))) : norm ? 1.0f : 0.0f;
+    if (p.tensor.dtype == DType::bf16) {
+      std::vector<bf16> narrow(n);
+      for (int64_t i = 0; i < n; ++i) narrow[i] = bf16(values[i]);
+      model.backend.upload(p.tensor, narrow.data());
+    } else {
+      model.backend.upload(p.tensor, values.data());
+    }
+  }
+}
+
+void start_optimizer(DeviceModel& model) {
+  const TrainingTensors& t = model.tensors;
+  const auto weights = parameters(model.config, t.weights), masters = parameters(model.config, t.masters);
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (masters[i].tensor.data != weights[i].tensor.data) model.backend.convert(masters[i].tensor, weights[i].tensor);
+  for (const Weights* moments : {&t.first, &t.second})
+    for (const Parameter& m : parameters(model.config, *moments)) model.backend.zero(m.tensor);
+}
+
+std::optional<PairSums> evaluate(DeviceModel& model, const PairSet& set, int64_t micro_tokens,
+                                 const std::function<void(const TokenPair&, const PairResult&)>& each) {
+  DeviceModel measured{model.config, model.dtype, {model.tensors.weights, {}, {}, {}, {}}, model.head, model.backend, model.scratch};
+  std::vector<int64_t> all(set.size());
+  std::iota(all.begin(), all.end(), int64_t{0});
+  PairSums sums;
+  for (const std::vector<int64_t>& part : micro_batches(set, all, micro_tokens)) {
+    if (stop_requested()) return std::nullopt;
+    const Batch batch = pack(set, part, model.head.nll_includes_prompt);
+    MicroBatch micro(measured, batch);
+    micro.forward();
+    const std::vector<PairResult> results = micro.head(count_normalisers(set, part, model.head.nll_includes_prompt));
+    for (size_t i = 0; i < results.size(); ++i) {
+      sums.add(results[i], model.head.nll_includes_prompt);
+      if (each) each(set[batch.pair_ids[i]], results[i]);
+    }
+  }
+  return sums;
+}
+
+}  // namespace orpo
