@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Writes tests/fixtures/reference_*: tiny Llama models, rows, and what transformers and torch make of them.
+
+    python3 -m pip install torch transformers==5.23.0 trl==1.16.0 datasets accelerate
+    python3 tools/make_reference_fixtures.py [OUT]        (default: tests/fixtures)
+
+Each folder is a Hugging Face folder with
+
+    rows.jsonl           pre-tokenised pairs: no prompt, one-token answers, answers that begin alike, long answers
+    expected.json        logits, per-pair statistics, loss, gradients and weights after three AdamW steps
+    gradients.safetensors, trained.safetensors    all gradients and trained weights, for reference_grouped only
+
+Expected numbers are float64 throughout except the rotary frequencies, which transformers rounds to float32.  The script
+stops if transformers in plain float32, or TRL's ORPOTrainer (NLL scope full), disagrees with them.
+
+The weights are wide and the answers drawn from the models themselves, so that mean log-probabilities lie in
+[-3, -0.05], where the odds ratio matters.
+"""
+import argparse
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from orpo_reference import (backward, gradients, per_pair, read_rows, train, trl_backward, trl_per_pair, trl_trainer,
+                            versions)
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+LAMBDA = 0.1
+TRAINING = {"steps": 3, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
+COMMON = {"vocab_size": 123, "num_hidden_layers": 2, "max_position_embeddings": 160, "bos_token_id": 1,
+          "eos_token_id": 2, "pad_token_id": None, "rms_norm_eps": 1e-5}
+MODELS = {
+    "grouped": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 52,
+                "rope_theta": 10000.0, "tie_word_embeddings": False},
+    "odd": {"hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6,
+            "intermediate_size": 27, "rope_theta": 500000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+    "biased": {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 37,
+               "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+}
+SHARDED, COMPLETE = "biased", "grouped"
+# (prompt, tokens shared by both answers, rest of chosen, rest of rejected) in tokens
+ROWS = [(5, 0, 6, 9), (0, 0, 4, 6), (7, 0, 1, 1), (6, 4, 5, 3), (6, 0, 61, 58), (33, 0, 2, 3), (1, 0, 5, 4),
+        (4, 3, 6, 0)]
+
+
+def random_model(name, seed):
+    """Weights wide enough for peaked predictions; norms around 1, biases around 0."""
+    theta = MODELS[name]["rope_theta"]
+    options = {key: value for key, value in MODELS[name].items() if key != "rope_theta"}
+    config = LlamaConfig(**{**COMMON, **options}, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    model = LlamaForCausalLM(config)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            draw = torch.randn(p.shape, generator=random)
+            if "norm" in parameter_name:
+                p.copy_(1 + 0.2 * draw)
+            elif parameter_name.endswith("bias"):
+                p.copy_(0.2 * draw)
+            else:
+                wide = 2.8 if parameter_name.startswith(("lm_head", "model.embed_tokens")) else 1.0
+                p.copy_(wide * draw / p.shape[1] ** 0.5)
+    return model.eval()
+
+
+def continuation(model, ids, count, temperature, random):
+    ids = list(ids)
+    for _ in range(count):
+        if ids:
+            weights = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1] / temperature, -1)
+        else:
+            weights = torch.ones(COMMON["vocab_size"])
+        ids.append(int(torch.multinomial(weights, 1, generator=random)))
+    return ids[len(ids) - count:] if count else []
+
+
+@torch.no_grad()
+def random_rows(model, seed):
+    """Chosen answers drawn a little cooler than rejected ones; rows drawn again until every mean is in range."""
+    random = torch.Generator().manual_seed(seed)
+    rows = []
+    for prompt_length, common, chosen, rejected in ROWS:
+        for _ in range(1000):
+            prompt = torch.randint(3, COMMON["vocab_size"], (prompt_length,), generator=random).tolist()
+            begin = continuation(model, prompt, common, 0.8, random)
+            row = {"prompt_ids": prompt,
+                   "chosen_ids": begin + continuation(model, prompt + begin, chosen, 0.6, random),
+                   "rejected_ids": begin + continuation(model, prompt + begin, rejected, 0.9, random)}
+            means = per_pair(model, [row], LAMBDA, "full")[0]
+            if row["chosen_ids"] != row["rejected_ids"] and all(
+                    -3 <= means[name] <= -0.05 for name in ("logps/chosen", "logps/rejected")):
+                break
+        else:
+            raise SystemExit(f"no row of lengths {prompt_length, common, chosen, rejected} with means in range")
+        rows.append(row)
+    return rows
+
+
+class DoubleNorm(modeling_llama.LlamaRMSNorm):
+    """transformers computes this norm in float32 whatever the weights' type."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def in_double(model):
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(module, modeling_llama.LlamaRMSNorm):
+            module.__class__ = DoubleNorm
+    return model
+
+
+def number(x):
+    return float(f"{float(x):.9g}")
+
+
+def digest(tensors):
+    """Norm and a few entries [row-major index, value] of each tensor."""
+    result = {}
+    for name, t in tensors.items():
+        flat = t.detach().flatten()
+        picks = [(7919 * k + 13) % flat.numel() for k in range(5)]
+        result[name] = {"norm": number(flat.norm()), "entries": [[i, number(flat[i])] for i in dict.fromkeys(picks)]}
+    return result
+
+
+def rounded(rows):
+    return [{name: value if name == "row" else number(value) for name, value in row.items()} for row in rows]
+
+
+def check_close(what, ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        for name in a:
+            if abs(a[name] - b[name]) > tolerance:
+                raise SystemExit(f"{what}: row {a['row']}: {name} is {b[name]}, expected {a[name]}")
+
+
+def check_gradients(what, expected, found, tolerance):
+    for name, g in expected.items():
+        error = float((found[name].double() - g).norm() / g.norm())
+        if not error <= tolerance:
+            raise SystemExit(f"{what}: gradient of {name} is off by {error:.2g}, relative")
+
+
+def expectations(model, rows, folder, complete):
+    double = in_double(model)
+    ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["chosen_ids"]])
+    logits = double(input_ids=ids).logits[0].tolist()
+    result = {"made_by": {"command": "python3 tools/make_reference_fixtures.py", **versions(), "arithmetic": "float64"},
+              "lambda": LAMBDA,
+              "logits": {"ids": ids[0].tolist(), "values": [[float(f"{x:.7g}") for x in line] for line in logits]}}
+    for scope in ("full", "response"):
+        double.zero_grad()
+        loss = backward(double, rows, LAMBDA, scope)
+        pairs = per_pair(double, rows, LAMBDA, scope)
+        check_close("transformers in float32", pairs, per_pair(model, rows, LAMBDA, scope), 1e-5)
+        if scope == "full":
+            trainer = trl_trainer(copy.deepcopy(model), rows, LAMBDA)
+            check_close("TRL", pairs, trl_per_pair(trainer, rows), 1e-5)
+            if abs(trl_backward(trainer, rows) - loss) > 1e-5:
+                raise SystemExit("TRL: the step's loss differs")
+            check_gradients("TRL", gradients(double), gradients(trainer.model), 1e-4)
+            if complete:
+                save_file({name: g.float() for name, g in gradients(double).items()}, folder / "gradients.safetensors")
+        result[scope] = {"loss": number(loss), "per_pair": rounded(pairs), "gradients": digest(gradients(double))}
+    losses, norms = train(double, rows, LAMBDA, "full", **TRAINING)
+    if min(norms) <= TRAINING["max_grad_norm"]:
+        raise SystemExit(f"clipping is not active: gradient norms {norms}")
+    trainer = trl_trainer(copy.deepcopy(model), rows, LAMBDA, **TRAINING)
+    trainer.train()
+    start, trained = dict(model.named_parameters()), dict(double.named_parameters())
+    for name, p in trainer.model.named_parameters():
+        change = trained[name] - start[name]
+        if (p.double() - trained[name]).norm() > 1e-3 * change.norm():
+            raise SystemExit(f"TRL: {name} after {TRAINING['steps']} steps differs")
+    result["training"] = {**TRAINING, "losses": [number(x) for x in losses], "grad_norms": [number(x) for x in norms],
+                          "weights": digest(trained)}
+    if complete:
+        save_file({name: p.detach().float() for name, p in trained.items()}, folder / "trained.safetensors")
+    return result
+
+
+def write(folder, name, seed):
+    shutil.rmtree(folder, ignore_errors=True)
+    model = random_model(name, seed)
+    rows = random_rows(model, seed)
+    model.save_pretrained(folder, max_shard_size="24KB" if name == SHARDED else "5GB")
+    (folder / "generation_config.json").unlink()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = expectations(model, read_rows(folder / "rows.jsonl"), folder, name == COMPLETE)
+    (folder / "expected.json").write_text(json.dumps(expected, separators=(",", ":")) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", nargs="?", type=Path,
+                        default=Path(__file__).resolve().parent.parent / "tests" / "fixtures")
+    out = parser.parse_args().out
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    for seed, name in enumerate(MODELS, 11):
+        write(out / f"reference_{name}", name, seed)
+
+
+if __name__ == "__main__":
+    main()
