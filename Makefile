@@ -15,7 +15,7 @@ flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address$(comma)undef
 CPPFLAGS += -I. -MMD -MP
 CXXFLAGS += -std=c++20 -Wall -Wextra -fopenmp -march=$(ARCH) $(flags.$(BUILD))
 LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
-LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lz -lgomp
+LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp
 
 programs := train eval data
 rooms    := embedding linear norm rope attention activation head adamw

@@ -1,0 +1,22 @@
+// A row's texts to the token ids of trunk, chosen and rejected, through the chat template.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "data/rows.h"
+#include "tokenizer/template.h"
+#include "tokenizer/tokenizer.h"
+
+namespace orpo {
+
+struct PairTokens {
+  std::vector<int32_t> trunk, chosen, rejected;
+  bool prompt_merged = false;  // the prompt alone tokenises to more than the trunk: its end joined the answers' first token
+};
+
+// Thread-safe. Throws BadRow: no tokenizer or template for a row of text, roles that the template refuses, answers that are equal as tokens,
+// nothing to score. Throws UserError where a text needs an end-of-sequence token and the tokenizer has none.
+PairTokens tokenise(Row&& row, const Tokenizer* tokenizer, const ChatTemplate* chat_template);
+
+}  // namespace orpo
