@@ -31,7 +31,7 @@ struct PairTargets {
 struct Batch {
   std::vector<int32_t> tokens;         // [rows]
   std::vector<int32_t> positions;      // [rows] position within the row's own sequence
-  std::vector<Segment> segments;       // [pairs]
+  std::vector<Segment> segments;       // [segments] one a pair as packed here; attention looks at nothing else
   std::vector<int32_t> target_rows;    // [targets] stream row whose hidden state predicts the target
   std::vector<int32_t> target_tokens;  // [targets]
   std::vector<PairTargets> pair_targets;  // [pairs]
@@ -40,7 +40,7 @@ struct Batch {
 
   int64_t rows() const { return static_cast<int64_t>(tokens.size()); }
   int64_t targets() const { return static_cast<int64_t>(target_rows.size()); }
-  int64_t pairs() const { return static_cast<int64_t>(segments.size()); }
+  int64_t pairs() const { return static_cast<int64_t>(pair_targets.size()); }
 };
 
 // Token counts over the whole optimiser step, all micro-batches and ranks: what the loss is divided by. Known before a kernel runs.
@@ -53,7 +53,7 @@ struct Normalisers {
 struct DeviceBatch {
   Tensor tokens;         // [rows] int32
   Tensor positions;      // [rows] int32
-  Tensor segments;       // [pairs, 4] int32
+  Tensor segments;       // [segments, 4] int32
   Tensor target_rows;    // [targets] int32
   Tensor target_tokens;  // [targets] int32
   Tensor pair_targets;   // [pairs, 4] int32

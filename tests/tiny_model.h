@@ -1,0 +1,159 @@
+// A small random model and rows of tokens in memory: what the tests of the whole model share.
+#pragma once
+
+#include <cmath>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "data/packer.h"
+#include "src/arena.h"
+#include "src/backend.h"
+#include "src/head.h"
+#include "src/model.h"
+
+namespace orpo::test {
+
+struct Row {
+  std::vector<int32_t> trunk, chosen, rejected;
+};
+
+class MemoryPairs : public PairSet {
+ public:
+  explicit MemoryPairs(std::vector<Row> rows) : rows_(std::move(rows)) {}
+  int64_t size() const override { return static_cast<int64_t>(rows_.size()); }
+  TokenPair operator[](int64_t i) const override { return {rows_[i].trunk, rows_[i].chosen, rows_[i].rejected, i + 1, 0}; }
+
+ private:
+  std::vector<Row> rows_;
+};
+
+inline Config odd_config() {
+  Config c;
+  c.family = "llama";
+  c.vocab = 37, c.width = 12, c.intermediate = 17, c.layers = 2, c.heads = 3, c.kv_heads = 1, c.head_dim = 6;
+  c.max_positions = 64, c.norm_epsilon = 1e-5;
+  c.attention_bias = c.mlp_bias = true;
+  return c;
+}
+
+inline std::vector<int32_t> random_tokens(std::mt19937& random, int count, int vocab) {
+  std::vector<int32_t> ids(count);
+  for (int32_t& id : ids) id = std::uniform_int_distribution<int32_t>(0, vocab - 1)(random);
+  return ids;
+}
+
+// Shapes that go wrong first: no prompt, one-token answers, a long branch beside a short one, a prompt of one token.
+inline std::vector<Row> awkward_rows(int vocab, unsigned seed = 7) {
+  std::mt19937 random(seed);
+  std::vector<Row> rows;
+  for (auto [t, c, r] : {std::array{5, 3, 4}, {0, 4, 3}, {1, 1, 1}, {7, 1, 19}, {2, 13, 1}, {11, 2, 2}})
+    rows.push_back({random_tokens(random, t, vocab), random_tokens(random, c, vocab), random_tokens(random, r, vocab)});
+  return rows;
+}
+
+// Weights, gradients and everything a step needs, on one backend.
+class TinyModel {
+ public:
+  struct Outcome {
+    double loss = 0, nll = 0, preference = 0;
+    std::vector<PairResult> pairs;
+    std::vector<double> logps;     // of every target, micro-batches one after the other
+    std::vector<double> gradient;  // all parameters, flat
+    int64_t micro_batches = 0;
+  };
+
+  // scale: standard deviation of the output matrix; about 1 puts mean log-probabilities where the odds term matters.
+  TinyModel(const Config& config, DType dtype, std::unique_ptr<Backend> on, unsigned seed = 1, double scale = 0.7)
+      : config(config), dtype(dtype), backend(std::move(on)), memory("tiny model", *backend, int64_t{64} << 20) {
+    weights = Weights::allocate(config, dtype, memory);
+    gradients = Weights::allocate(config, accumulation_dtype(dtype), memory);
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    for (const Parameter& p : parameters(config, weights)) {
+      std::vector<double> values(p.tensor.elements());
+      const bool norm = p.name.find("norm") != std::string::npos;
+      const double sigma = p.tensor.rank == 1 ? 0.2 : p.name == "output" ? scale : scale / std::sqrt(static_cast<double>(p.tensor.columns())) * 2;
+      for (double& v : values) v = sigma * normal(random) + (norm ? 1 : 0);
+      set(p.tensor, values);
+    }
+  }
+
+  std::vector<double> get(const Tensor& t) const {
+    std::vector<double> values(t.elements());
+    const Tensor wide = in_double(t);
+    backend->convert(wide, t);
+    backend->download(values.data(), wide);
+    backend->release(wide.data, wide.bytes());
+    return values;
+  }
+  void set(const Tensor& t, const std::vector<double>& values) const {
+    const Tensor wide = in_double(t);
+    backend->upload(wide, values.data());
+    backend->convert(t, wide);
+    backend->release(wide.data, wide.bytes());
+  }
+
+  // Forward, head, backward over all micro-batches. Without gradients: an evaluation.
+  Outcome run(const std::vector<Batch>& batches, const Normalisers& normalisers, const HeadSettings& settings, bool with_gradients = true) {
+    Outcome outcome;
+    for (const Parameter& p : parameters(config, gradients)) backend->zero(p.tensor);
+    for (const Batch& batch : batches) {
+      const Arena::Scope scope(memory);
+      const DeviceBatch device = on_device(batch);
+      Activations activations = Activations::allocate(config, dtype, batch.rows(), memory);
+      forward(config, weights, activations, device, *backend);
+      const Tensor dhidden = memory.allocate("d hidden", dtype, {batch.rows(), config.width});
+      std::vector<double> logps;
+      for (const PairResult& r : head(config, weights, with_gradients ? &gradients : nullptr, with_gradients ? &dhidden : nullptr,
+                                      activations.hidden, device, normalisers, settings, *backend, memory, &logps)) {
+        outcome.nll -= (r.chosen_logp_sum + (settings.nll_includes_prompt ? r.prompt_logp_sum : 0)) / normalisers.nll_tokens;
+        if (r.rejected_tokens) outcome.preference += r.preference.loss / normalisers.pairs;
+        outcome.pairs.push_back(r);
+      }
+      outcome.logps.insert(outcome.logps.end(), logps.begin(), logps.end());
+      if (with_gradients) backward(config, weights, gradients, activations, dhidden, device, *backend, memory);
+      outcome.micro_batches += 1;
+    }
+    outcome.loss = outcome.nll + preference_weight(settings.objective, settings.lambda) * outcome.preference;
+    if (with_gradients)
+      for (const Parameter& p : parameters(config, gradients)) {
+        const std::vector<double> values = get(p.tensor);
+        outcome.gradient.insert(outcome.gradient.end(), values.begin(), values.end());
+      }
+    return outcome;
+  }
+
+  Outcome run(const PairSet& set, int64_t micro_tokens, const HeadSettings& settings, bool with_gradients = true) {
+    std::vector<int64_t> all(set.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
+    std::vector<Batch> batches;
+    for (const std::vector<int64_t>& part : micro_batches(set, all, micro_tokens)) batches.push_back(pack(set, part, settings.nll_includes_prompt));
+    return run(batches, count_normalisers(set, all, settings.nll_includes_prompt), settings, with_gradients);
+  }
+
+  Config config;
+  DType dtype;
+  std::unique_ptr<Backend> backend;
+  Arena memory;
+  Weights weights, gradients;
+
+ private:
+  Tensor in_double(const Tensor& like) const {
+    return Tensor(backend->allocate(like.elements() * 8), DType::f64, {like.elements()});
+  }
+  Tensor ids(const void* host, int64_t rows, int64_t columns) {
+    Tensor t = columns == 1 ? memory.allocate("batch", DType::i32, {rows}) : memory.allocate("batch", DType::i32, {rows, columns});
+    backend->upload(t, host);
+    return t;
+  }
+  DeviceBatch on_device(const Batch& b) {
+    return {ids(b.tokens.data(), b.rows(), 1), ids(b.positions.data(), b.rows(), 1),
+            ids(b.segments.data(), static_cast<int64_t>(b.segments.size()), 4), ids(b.target_rows.data(), b.targets(), 1),
+            ids(b.target_tokens.data(), b.targets(), 1), ids(b.pair_targets.data(), b.pairs(), 4), &b};
+  }
+};
+
+}  // namespace orpo::test
