@@ -1,0 +1,166 @@
+// Linear layers: matrix products by oneDNN in fp32 and bf16, by a plain loop in fp64 (which exists for gradient checks).
+#include <dnnl.hpp>
+
+#include <array>
+#include <map>
+
+#include "src/cpu/backend.h"
+#include "src/cpu/scratch.h"
+#include "src/cpu/vector.h"
+#include "src/shapes.h"
+
+namespace orpo {
+
+using namespace cpu;
+
+namespace {
+
+// A matrix as a product sees it: entry (i, j) at data[i * row_stride + j * column_stride].
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t rows, columns, row_stride, column_stride;
+
+  Matrix(const Tensor& t) : data(t.data), dtype(t.dtype), rows(t.rows()), columns(t.columns()), row_stride(t.pitch()), column_stride(1) {}
+  Matrix transposed() const {
+    Matrix t = *this;
+    std::swap(t.rows, t.columns), std::swap(t.row_stride, t.column_stride);
+    return t;
+  }
+  dnnl::memory::desc description() const {
+    return {{rows, columns}, dtype == DType::bf16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32,
+            dnnl::memory::dims{row_stride, column_stride}};
+  }
+};
+
+bool machine_has_bf16() {
+  static const bool has = [] {
+    const unsigned needed = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
+    return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & needed) == needed;
+  }();
+  return has;
+}
+
+// c = a . b + bias, or c += a . b
+void multiply_in_double(const Matrix& c, const Matrix& a, const Matrix& b, const double* bias, bool accumulate) {
+  const auto *x = static_cast<const double*>(a.data), *y = static_cast<const double*>(b.data);
+  for_rows(c.rows, [&](int64_t i) {
+    for (int64_t j = 0; j < c.columns; ++j) {
+      double& out = static_cast<double*>(c.data)[i * c.row_stride + j];
+      double sum = accumulate ? out : bias ? bias[j] : 0;
+      for (int64_t k = 0; k < a.columns; ++k)
+        sum += x[i * a.row_stride + k * a.column_stride] * y[k * b.row_stride + j * b.column_stride];
+      out = sum;
+    }
+  });
+}
+
+// The same matrix, dense and in fp32: rows as they lie in memory, whichever way the product sees them.
+Matrix widened(Matrix m, float* memory) {
+  const bool turned = m.column_stride != 1;
+  if (turned) m = m.transposed();
+  for_rows(m.rows, [&](int64_t row) {
+    const bf16* from = static_cast<const bf16*>(m.data) + row * m.row_stride;
+    for_vectors<float>(m.columns, [&](int64_t i, auto n) { store(memory + row * m.columns + i, load(from + i, n), n); });
+  });
+  m.data = memory, m.dtype = DType::f32, m.row_stride = m.columns;
+  return turned ? m.transposed() : m;
+}
+
+}  // namespace
+
+// oneDNN primitives by the shapes, strides and dtypes of a product. Row counts vary from one micro-batch to the next; a primitive takes a fraction
+// of a millisecond to make, so the cache is bounded by starting over.
+struct CpuBackend::MatrixProducts {
+  using Key = std::array<int64_t, 13>;
+  dnnl::engine engine{dnnl::engine::kind::cpu, 0};
+  dnnl::stream stream{engine};
+  std::map<Key, dnnl::matmul> primitives;
+  Scratch wide_a, wide_b, wide_c;
+
+  const dnnl::matmul& primitive(const Matrix& c, const Matrix& a, const Matrix& b, bool bias, bool accumulate) {
+    const Key key{c.rows, c.columns, a.columns, a.row_stride, a.column_stride, b.row_stride, b.column_stride, c.row_stride,
+                  int64_t(a.dtype), int64_t(b.dtype), int64_t(c.dtype), bias, accumulate};
+    if (const auto found = primitives.find(key); found != primitives.end()) return found->second;
+    constexpr size_t most = 1024;
+    if (primitives.size() >= most) primitives.clear();
+    dnnl::primitive_attr attributes;
+    if (accumulate) {
+      dnnl::post_ops sum;
+      sum.append_sum(1.f);
+      attributes.set_post_ops(sum);
+    }
+    const dnnl::memory::desc bias_row({1, c.columns}, a.description().data_type(), dnnl::memory::dims{c.columns, 1});
+    const auto product = bias ? dnnl::matmul::desc(a.description(), b.description(), bias_row, c.description())
+                              : dnnl::matmul::desc(a.description(), b.description(), c.description());
+    return primitives.emplace(key, dnnl::matmul(dnnl::matmul::primitive_desc(product, attributes, engine))).first->second;
+  }
+
+  void run(const Matrix& c, const Matrix& a, const Matrix& b, const void* bias, bool accumulate) {
+    const auto memory = [&](const Matrix& m) { return dnnl::memory(m.description(), engine, m.data); };
+    std::unordered_map<int, dnnl::memory> arguments{{DNNL_ARG_SRC, memory(a)}, {DNNL_ARG_WEIGHTS, memory(b)}, {DNNL_ARG_DST, memory(c)}};
+    if (bias) {
+      const dnnl::memory::desc row({1, c.columns}, a.description().data_type(), dnnl::memory::dims{c.columns, 1});
+      arguments.emplace(DNNL_ARG_BIAS, dnnl::memory(row, engine, const_cast<void*>(bias)));
+    }
+    primitive(c, a, b, bias, accumulate).execute(stream, arguments);
+    stream.wait();
+  }
+
+  // bf16 where the machine multiplies none: oneDNN's reference would take hundreds of times as long as widening.
+  void run_widened(const Matrix& c, const Matrix& a, const Matrix& b, const bf16* bias, bool accumulate) {
+    const Matrix x = widened(a, wide_a.reserve<float>(static_cast<size_t>(a.rows * a.columns)));
+    const Matrix y = widened(b, wide_b.reserve<float>(static_cast<size_t>(b.rows * b.columns)));
+    std::vector<float> wide_bias(bias ? bias : nullptr, bias ? bias + c.columns : nullptr);
+    const void* row = bias ? wide_bias.data() : nullptr;
+    if (c.dtype == DType::f32) return run(c, x, y, row, accumulate);
+    Matrix z = c;
+    z.data = wide_c.reserve<float>(static_cast<size_t>(c.rows * c.columns));
+    z.dtype = DType::f32, z.row_stride = c.columns;
+    run(z, x, y, row, accumulate);
+    for_rows(c.rows, [&](int64_t r) {
+      const float* from = static_cast<const float*>(z.data) + r * c.columns;
+      bf16* to = static_cast<bf16*>(c.data) + r * c.row_stride;
+      for_vectors<float>(c.columns, [&](int64_t i, auto n) { store(to + i, load(from + i, n), n); });
+    });
+  }
+
+  void multiply(const Matrix& c, const Matrix& a, const Matrix& b, const void* bias, bool accumulate) {
+    if (c.rows == 0 || c.columns == 0 || (a.columns == 0 && accumulate)) return;
+    if (c.dtype == DType::f64) return multiply_in_double(c, a, b, static_cast<const double*>(bias), accumulate);
+    try {
+      if (a.dtype == DType::bf16 && !machine_has_bf16()) return run_widened(c, a, b, static_cast<const bf16*>(bias), accumulate);
+      run(c, a, b, bias, accumulate);
+    } catch (const dnnl::error& e) {
+      fail_machine("oneDNN refused a product of [", a.rows, ", ", a.columns, "] and [", b.rows, ", ", b.columns, "] ", dtype_name(a.dtype),
+                   ": ", e.what());
+    }
+  }
+};
+
+void CpuBackend::linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) {
+  shapes::linear_forward(out, in, weight, bias);
+  if (!products_) products_ = std::make_shared<MatrixProducts>();
+  products_->multiply(out, in, Matrix(weight).transposed(), bias.data, false);
+}
+
+void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout, const Tensor& in,
+                                 const Tensor& weight) {
+  shapes::linear_backward(din, dweight, dbias, dout, in, weight);
+  if (!products_) products_ = std::make_shared<MatrixProducts>();
+  if (din) products_->multiply(din, dout, weight, nullptr, false);
+  products_->multiply(dweight, Matrix(dout).transposed(), in, nullptr, true);
+  if (!dbias) return;
+  with_dtype("linear_backward", dout.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulator<T>;
+    add_row_blocks(dbias.as<A>(), dout.rows(), dout.columns(), [&](A* partial, int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* from = dout.as<const T>() + row * dout.pitch();
+        for_vectors<A>(dout.columns(), [&](int64_t i, auto n) { store(partial + i, load(partial + i, n) + load(from + i, n), n); });
+      }
+    });
+  });
+}
+
+}  // namespace orpo

@@ -1,0 +1,40 @@
+// Rows by a list of indices: the embedding's tokens, the head's target rows.
+#pragma once
+
+#include <algorithm>
+
+#include "src/cpu/vector.h"
+
+namespace orpo::cpu {
+
+inline void require_below(const char* op, const char* what, const Tensor& indices, int64_t limit) {
+  const int32_t* index = indices.as<const int32_t>();
+  for (int64_t i = 0; i < indices.elements(); ++i)
+    REQUIRE_SHAPE(op, index[i] >= 0 && index[i] < limit, what, " ", i, " is ", index[i], " of ", limit);
+}
+
+// out[i] = table[indices[i]]
+inline void copy_rows(const Tensor& out, const Tensor& table, const Tensor& indices) {
+  const int64_t bytes = out.columns() * dtype_bytes(out.dtype);
+  for_rows(out.rows(), [&](int64_t row) {
+    std::memcpy(static_cast<char*>(out.data) + row * bytes,
+                static_cast<const char*>(table.data) + indices.as<const int32_t>()[row] * bytes, static_cast<size_t>(bytes));
+  });
+}
+
+// table[indices[i]] += rows[i], in the order of i. Each thread owns columns, so equal indices meet in that order.
+template <class To, class From>
+void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices) {
+  using A = Accumulator<From>;
+  const int64_t width = rows.columns(), count = rows.rows();
+  const int32_t* index = indices.as<const int32_t>();
+  for_column_blocks(width, [&](int64_t begin, int64_t columns) {
+    for (int64_t row = 0; row < count; ++row) {
+      To* to = table.as<To>() + index[row] * width + begin;
+      const From* from = rows.as<From>() + row * width + begin;
+      for_vectors<A>(columns, [&](int64_t i, auto n) { store(to + i, load(to + i, n) + load(from + i, n), n); });
+    }
+  });
+}
+
+}  // namespace orpo::cpu

@@ -1,0 +1,210 @@
+// Vectors of the machine's width, rows for threads: what the CPU rooms share. A room reads and writes T (float, bf16 or double) and computes in
+// the vector of its accumulation type A (float, float, double).
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "src/tensor.h"
+
+namespace orpo::cpu {
+
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+inline constexpr int vector_bytes = 32;
+#else
+inline constexpr int vector_bytes = 16;
+#endif
+
+template <class T> struct AccumulatorOf { using type = float; };
+template <> struct AccumulatorOf<double> { using type = double; };
+template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+
+template <class A> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(A));
+
+template <class A> struct VectorOf;
+template <> struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(vector_bytes)));
+  typedef int32_t integers __attribute__((vector_size(vector_bytes)));
+};
+template <> struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(vector_bytes)));
+  typedef int64_t integers __attribute__((vector_size(vector_bytes)));
+};
+template <class A> using Vector = typename VectorOf<A>::type;
+typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+typedef uint16_t HalfWords __attribute__((vector_size(vector_bytes / 2)));
+
+// Calls body with T's zero for the tensor's dtype: the one switch of a launcher.
+template <class Body>
+void with_dtype(const char* op, DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::f32: return body(float{});
+    case DType::bf16: return body(bf16{});
+    case DType::f64: return body(double{});
+    default: fail_machine(op, ": needs fp32, bf16 or fp64; got ", dtype_name(dtype));
+  }
+}
+
+// How many entries a load or store touches: Full at compile time, or the count of a tail.
+template <class A> using Full = std::integral_constant<int, lanes<A>>;
+
+// body(i, count) over n entries in steps of a vector of A; count is Full<A> but for the tail.
+template <class A, class Body>
+inline void for_vectors(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + lanes<A> <= n; i += lanes<A>) body(i, Full<A>{});
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+template <class A>
+inline Vector<A> splat(A value) {
+  return value - Vector<A>{};
+}
+
+inline Vector<float> widen(HalfWords h) { return std::bit_cast<Vector<float>>(__builtin_convertvector(h, Words) << 16); }
+
+// As bf16's constructor, a vector at a time.
+inline HalfWords narrow(Vector<float> value) {
+  const Words u = std::bit_cast<Words>(value);
+  const Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Words quiet_nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded, HalfWords);
+}
+
+template <class T>
+inline Vector<Accumulator<T>> load(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    HalfWords h;
+    std::memcpy(&h, p, sizeof h);
+    return widen(h);
+  } else {
+    Vector<T> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+}
+
+template <class T>
+inline void store(T* p, Vector<Accumulator<T>> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const HalfWords h = narrow(v);
+    std::memcpy(p, &h, sizeof h);
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
+}
+
+// The first count entries; the rest of the vector is 0.
+template <class T, class Count>
+inline Vector<Accumulator<T>> load(const T* p, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    T tail[lanes<Accumulator<T>>] = {};
+    std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
+    return load(tail);
+  } else {
+    return load(p);
+  }
+}
+
+template <class T, class Count>
+inline void store(T* p, Vector<Accumulator<T>> v, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    T tail[lanes<Accumulator<T>>];
+    store(tail, v);
+    std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
+  } else {
+    store(p, v);
+  }
+}
+
+template <class A>
+inline A sum_lanes(Vector<A> v) {
+  A partial[lanes<A>];
+  std::memcpy(partial, &v, sizeof v);
+  for (int width = lanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) partial[i] += partial[i + width];
+  return partial[0];
+}
+
+template <class V>
+inline V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class A>
+inline A maximum_of_lanes(Vector<A> v) {
+  A m = v[0];
+  for (int i = 1; i < lanes<A>; ++i) m = maximum(m, v[i]);
+  return m;
+}
+
+// exp to 2 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!, 2^k in two factors so that subnormal results keep their
+// digits. 0 far below, infinity above, NaN stays.
+inline Vector<float> exponential(Vector<float> x) {
+  constexpr float log2_e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  constexpr float to_integer = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
+  const Vector<float> low = splat(-110.f), high = splat(90.f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vector<float> shifted = x * log2_e + to_integer;
+  const Vector<float> k = shifted - to_integer;
+  const Vector<float> r = (x - k * ln2_high) - k * ln2_low;
+  Vector<float> series = r * (1.f / 5040) + 1.f / 720;
+  series = series * r + 1.f / 120;
+  series = series * r + 1.f / 24;
+  series = series * r + 1.f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.f;
+  series = series * r + 1.f;
+  using Integers = VectorOf<float>::integers;
+  const Integers exponent = std::bit_cast<Integers>(shifted) - std::bit_cast<int32_t>(to_integer);
+  const Integers half = exponent >> 1;
+  const Vector<float> first = std::bit_cast<Vector<float>>((half + 127) << 23);
+  const Vector<float> second = std::bit_cast<Vector<float>>((exponent - half + 127) << 23);
+  return series * first * second;
+}
+
+inline Vector<double> exponential(Vector<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// body(row) for every row, rows dealt to threads in equal runs.
+template <class Body>
+void for_rows(int64_t rows, Body&& body) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) body(row);
+}
+
+// body(begin, count) over columns in blocks of a few cache lines, blocks dealt to threads. For sums over rows in row order: each thread owns
+// its columns, so there is no lock and no dependence on the number of threads.
+template <class Body>
+void for_column_blocks(int64_t columns, Body&& body) {
+  constexpr int64_t block = 64;
+#pragma omp parallel for schedule(static)
+  for (int64_t begin = 0; begin < columns; begin += block) body(begin, std::min(block, columns - begin));
+}
+
+// total[width] += sum over rows, in an order that is fixed whatever the number of threads: body(partial, begin, end) adds rows [begin, end)
+// of a fixed block to its own zeroed partial[width]; the partials are then added block after block.
+template <class A, class Body>
+void add_row_blocks(A* total, int64_t rows, int64_t width, Body&& body) {
+  constexpr int64_t block = 64;
+  const int64_t blocks = (rows + block - 1) / block;
+  std::vector<A> partials(static_cast<size_t>(blocks * width));
+  for_rows(blocks, [&](int64_t b) { body(partials.data() + b * width, b * block, std::min(rows, (b + 1) * block)); });
+  for_column_blocks(width, [&](int64_t begin, int64_t count) {
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = begin; i < begin + count; ++i) total[i] += partials[static_cast<size_t>(b * width + i)];
+  });
+}
+
+}  // namespace orpo::cpu

@@ -1,0 +1,216 @@
+// What the tests of the rooms share: one body over backend x dtype, tensors of a device, the tolerance rule, finite differences.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "src/backend.h"
+
+// A case that lacks what it needs: says why and ends, counted as skipped.
+#define SKIP_CASE(why)                                     \
+  do {                                                     \
+    ++orpo::test::skipped_cases;                           \
+    std::printf("skipped: %s\n", std::string(why).c_str()); \
+    return;                                                \
+  } while (0)
+
+namespace orpo::test {
+
+inline unsigned skipped_cases = 0;
+
+using Values = std::vector<double>;
+
+// ---- backends
+
+struct Device {
+  std::string name;
+  std::function<std::unique_ptr<Backend>()> make;
+  std::vector<DType> dtypes;
+};
+
+inline const std::vector<Device>& devices() {
+  static const std::vector<Device> all{{"cpu", [] { return make_cpu_backend(0); }, {DType::f64, DType::f32, DType::bf16}}};
+  return all;
+}
+
+// body(backend, dtype) for every backend and dtype.
+template <class Body>
+void each_device(Body&& body) {
+  for (const Device& device : devices())
+    for (DType dtype : device.dtypes) {
+      INFO(device.name, " ", dtype_name(dtype));
+      const auto backend = device.make();
+      body(*backend, dtype);
+    }
+}
+
+// Calls body with a zero of the dtype's type: naive implementations are templates over it.
+template <class Body>
+void with_type(DType dtype, Body&& body) {
+  if (dtype == DType::f64) body(double{});
+  else if (dtype == DType::f32) body(float{});
+  else body(bf16{});
+}
+
+// The type that sums are kept in; the reference sums in long double.
+template <class T> struct SumOf { using type = float; };
+template <> struct SumOf<double> { using type = double; };
+template <> struct SumOf<long double> { using type = long double; };
+template <class T> using Sum = typename SumOf<T>::type;
+
+// ---- values
+
+// Seeded, the same everywhere: uniform in [low, high) (splitmix64's finaliser over a counter).
+inline Values random_values(int64_t count, uint64_t seed, double low = -1, double high = 1) {
+  Values values(static_cast<size_t>(count));
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint64_t x = (seed << 32) + i + 0x9e3779b97f4a7c15u * (seed + 1);
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    values[i] = low + (high - low) * static_cast<double>((x ^ (x >> 31)) >> 11) * 0x1p-53;
+  }
+  return values;
+}
+
+inline double rounded(double value, DType dtype) {
+  return dtype == DType::f64 ? value : dtype == DType::f32 ? static_cast<float>(value) : float(bf16(static_cast<float>(value)));
+}
+inline Values rounded(Values values, DType dtype) {
+  for (double& v : values) v = rounded(v, dtype);
+  return values;
+}
+
+// The values as a vector of T (long double, double, float or bf16).
+template <class T>
+std::vector<T> typed(const Values& values) {
+  std::vector<T> out(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    if constexpr (std::is_same_v<T, bf16>) out[i] = T(static_cast<float>(values[i]));
+    else out[i] = static_cast<T>(values[i]);
+  }
+  return out;
+}
+template <class T>
+Values untyped(const std::vector<T>& values) {
+  Values out(values.size());
+  for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<double>(values[i]);
+  return out;
+}
+
+// A tensor in a device's memory.
+class DeviceTensor {
+ public:
+  DeviceTensor(Backend& backend, DType dtype, std::initializer_list<int64_t> shape, const Values& values)
+      : DeviceTensor(backend, Tensor(nullptr, dtype, shape)) {
+    REQUIRE(static_cast<int64_t>(values.size()) == tensor_.elements());
+    set(values);
+  }
+  DeviceTensor(Backend& backend, DType dtype, std::initializer_list<int64_t> shape, double fill = 0)
+      : DeviceTensor(backend, dtype, shape, Values(static_cast<size_t>(Tensor(nullptr, dtype, shape).elements()), fill)) {}
+  DeviceTensor(const DeviceTensor&) = delete;
+  DeviceTensor(DeviceTensor&& other) noexcept : backend_(other.backend_), tensor_(other.tensor_) { other.tensor_.data = nullptr; }
+  ~DeviceTensor() {
+    if (tensor_.data) backend_.release(tensor_.data, bytes());
+  }
+
+  operator const Tensor&() const { return tensor_; }
+  const Tensor& operator*() const { return tensor_; }
+
+  void set(const Values& values) {
+    std::vector<char> host(static_cast<size_t>(bytes()));
+    const auto fill = [&](auto* p) {
+      using T = std::remove_reference_t<decltype(*p)>;
+      const std::vector<T> converted = typed<T>(values);
+      std::copy(converted.begin(), converted.end(), p);
+    };
+    if (tensor_.dtype == DType::i32) fill(reinterpret_cast<int32_t*>(host.data()));
+    else with_type(tensor_.dtype, [&](auto zero) { fill(reinterpret_cast<decltype(zero)*>(host.data())); });
+    backend_.upload(tensor_, host.data());
+  }
+  Values values() const {
+    std::vector<char> host(static_cast<size_t>(bytes()));
+    backend_.download(host.data(), tensor_);
+    Values out;
+    const auto read = [&](const auto* p) {
+      for (int64_t i = 0; i < tensor_.elements(); ++i) out.push_back(static_cast<double>(p[i]));
+    };
+    if (tensor_.dtype == DType::i32) read(reinterpret_cast<const int32_t*>(host.data()));
+    else with_type(tensor_.dtype, [&](auto zero) { read(reinterpret_cast<const decltype(zero)*>(host.data())); });
+    return out;
+  }
+
+ private:
+  DeviceTensor(Backend& backend, const Tensor& shape) : backend_(backend), tensor_(shape) { tensor_.data = backend.allocate(bytes()); }
+  int64_t bytes() const { return std::max<int64_t>(tensor_.bytes(), 1); }
+
+  Backend& backend_;
+  Tensor tensor_;
+};
+
+// ---- the tolerance rule
+
+inline double largest_error(const Values& a, const Values& b) {
+  REQUIRE(a.size() == b.size());
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double error = a[i] == b[i] ? 0 : std::abs(a[i] - b[i]);
+    if (!(error <= worst)) worst = error;  // NaN counts
+  }
+  return worst;
+}
+
+inline double largest(const Values& a) {
+  double most = 0;
+  for (double v : a) most = std::max(most, std::abs(v));
+  return most;
+}
+
+inline double spacing(DType dtype) { return dtype == DType::f64 ? 0x1p-52 : dtype == DType::f32 ? 0x1p-23 : 0x1p-7; }
+
+// The error against a reference of higher precision is at most k times that of a naive implementation in the same precision. A naive result can be
+// exact by luck, so two spacings of dtype at the largest reference value are always allowed.
+inline void check_close(const char* what, const Values& actual, const Values& naive, const Values& reference, DType dtype, double k = 2) {
+  const double error = largest_error(actual, reference), naive_error = largest_error(naive, reference);
+  const double allowed = k * naive_error + 2 * spacing(dtype) * largest(reference);
+  INFO(what, ": error ", error, ", naive error ", naive_error, ", allowed ", allowed);
+  CHECK(error <= allowed);
+}
+
+// ---- finite differences
+
+// analytic[i] = d loss / d x[i], by central differences of fourth order in double on up to `most` entries spread over x. loss reads x.
+inline void check_gradient(const char* what, Values& x, const Values& analytic, const std::function<double()>& loss, double tolerance = 1e-7,
+                           size_t most = 150) {
+  REQUIRE(x.size() == analytic.size());
+  constexpr double h = 1e-3;
+  const double scale = std::max(1e-3, largest(analytic));
+  const size_t stride = std::max<size_t>(1, x.size() / most);
+  double worst = 0;
+  size_t where = 0;
+  for (size_t i = 0; i < x.size(); i += stride) {
+    const double kept = x[i];
+    const auto at = [&](double step) { return x[i] = kept + step * h, loss(); };
+    const double slope = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * h);
+    x[i] = kept;
+    const double error = std::abs(slope - analytic[i]) / scale;
+    if (!(error <= worst)) worst = error, where = i;
+  }
+  INFO(what, ": entry ", where, " off by ", worst, " of the largest");
+  CHECK(worst <= tolerance);
+}
+
+inline double dot(const Values& a, const Values& b) {
+  REQUIRE(a.size() == b.size());
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+}  // namespace orpo::test
