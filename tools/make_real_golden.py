@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/fixtures/real_smollm2.json: what TRL makes of generated pairs (real_smollm2_rows.jsonl) with a real model.
+"""Writes tests/fixtures/real_smollm2.json: what TRL makes of generated pairs (real_smollm2_rows.jsonl), real model.
 
     python3 -m pip install torch transformers==5.23.0 trl==1.16.0 datasets accelerate gguf
     python3 tools/get_model.py build/smollm2
