@@ -73,7 +73,11 @@ FilePart write_file(const std::filesystem::path& path, std::string_view text);
 // The name shows the old file or the whole new one, at every moment.
 void write_file_atomically(const std::filesystem::path& path, std::string_view text);
 // Byte for byte, fsynced.
-FilePart copy_file(const std::filesystem::path& from, const std::filesystem::path& to);
+FilePart duplicate_file(const std::filesystem::path& from, const std::filesystem::path& to);
+
+// The checksum of a part of a file, read and not mapped: an I/O error is then an exception and no signal. Throws UserError naming the file where
+// it is unreadable or ends early.
+uint64_t hash_file_part(const std::filesystem::path& path, int64_t begin, int64_t bytes);
 
 // Folders. All throw MachineError naming path and reason.
 void make_folder(const std::filesystem::path& folder);                                     // with its parents; one that exists is fine

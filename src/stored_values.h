@@ -1,0 +1,27 @@
+// Values between safetensors files and the device, a chunk at a time, rounded once to nearest even.
+#pragma once
+
+#include <string>
+
+#include "src/backend.h"
+#include "src/safetensors.h"
+#include "src/tensor.h"
+
+namespace orpo {
+
+// IEEE half precision, as weights may be stored in it; nothing is computed in it.
+struct f16 {
+  uint16_t bits;
+  f16() = default;
+  explicit f16(float value);
+  operator float() const;
+};
+static_assert(sizeof(f16) == 2);
+
+// target (any floating dtype, on the device) = the stored values; same number of elements, stored.dtype present.
+void read_values(const Tensor& target, const StoredTensor& stored, Backend& backend);
+
+// The next bytes of the writer = source, rounded to dtype. Throws UserError, naming the tensor, where a finite value passes fp16's largest.
+void write_values(SafetensorsWriter& writer, const Tensor& source, StoredDType dtype, const std::string& name, Backend& backend);
+
+}  // namespace orpo
