@@ -28,6 +28,10 @@ struct Outcome {
 
 bool blank(std::string_view line) { return line.find_first_not_of(" \t\r\n") == std::string_view::npos; }
 
+[[noreturn]] void refuse_bad(const std::string& place_and_reason) {
+  fail(place_and_reason, "; mend the row, or leave bad rows out with --on-bad-row skip");
+}
+
 // One pass over the files: blocks of lines, each tokenised on all threads, collected in file order.
 class Pass {
  public:
@@ -37,7 +41,7 @@ class Pass {
     for (int i = 0; i < settings.threads; ++i) parsers_.emplace_back(RowRules{settings.single_answers, settings.vocabulary});
   }
 
-  std::unique_ptr<PairSet> run(TokenWriter& writer) {
+  std::unique_ptr<StoredPairs> run(TokenWriter& writer) {
     for (size_t file = 0; file < files_.size(); ++file) read_file(static_cast<int32_t>(file), writer);
     for (const auto& [reason, count] : reasons_) report_.bad_reasons.emplace_back(reason, count);
     std::stable_sort(report_.bad_reasons.begin(), report_.bad_reasons.end(),
@@ -85,20 +89,11 @@ class Pass {
     ++report_.rows;
     if (outcome.bad) return count_bad(*outcome.bad, file, line);
     const PairTokens& tokens = *outcome.tokens;
-    TokenPair pair{tokens.trunk, tokens.chosen, tokens.rejected, line, file};
-    const Fit fit = fit_to_limits(pair, settings_);
-    if (fit == Fit::dropped) {
-      ++report_.dropped;
-      return;
-    }
-    report_.truncated += fit == Fit::truncated;
-    report_.prompts_merged += tokens.prompt_merged;
-    writer.append(pair);
+    writer.append({tokens.trunk, tokens.chosen, tokens.rejected, line, file}, tokens.prompt_merged);
   }
 
   void count_bad(const BadRow& bad, int32_t file, int64_t line) {
-    if (settings_.on_bad_row == OnBadRow::error)
-      fail(files_[file].string(), ":", line, ": ", bad.text(), "; mend the row, or leave bad rows out with --on-bad-row skip");
+    if (settings_.on_bad_row == OnBadRow::error) refuse_bad(concat(files_[file].string(), ":", line, ": ", bad.text()));
     ++report_.bad;
     ++reasons_[bad.kind()];
     if (first_bad_.size() < shown_bad_rows) first_bad_.push_back({file, line, bad.text()});
@@ -125,8 +120,8 @@ void refuse_empty(const PairSet& set, const std::vector<std::filesystem::path>& 
        report.dropped > 0 ? "; raise them or use --on-long truncate" : "");
 }
 
-std::unique_ptr<PairSet> load_or_tokenise(const std::vector<std::filesystem::path>& files, const Tokenizer* tokenizer,
-                                          const ChatTemplate* chat_template, const DataSettings& settings) {
+std::unique_ptr<StoredPairs> load_or_tokenise(const std::vector<std::filesystem::path>& files, const Tokenizer* tokenizer,
+                                              const ChatTemplate* chat_template, const DataSettings& settings) {
   const auto tokenise_into = [&](std::optional<CacheKey> key) {
     TokenWriter writer(key);
     return Pass(files, tokenizer, chat_template, settings).run(writer);
@@ -171,6 +166,8 @@ std::unique_ptr<PairSet> PairSet::load(const std::vector<std::filesystem::path>&
   DataSettings used = settings;
   if (used.threads <= 0) used.threads = omp_get_max_threads();
   auto set = load_or_tokenise(files, tokenizer, chat_template, used);
+  if (used.on_bad_row == OnBadRow::error && set->report().bad > 0) refuse_bad(set->report().first_bad.front());
+  set->fit(used);
   refuse_empty(*set, files, used);
   return set;
 }

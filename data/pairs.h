@@ -61,7 +61,6 @@ class PairSet {
   virtual int64_t size() const = 0;
   virtual TokenPair operator[](int64_t index) const = 0;
   const DataReport& report() const { return report_; }
-  void add_note(std::string note) { report_.note = std::move(note); }
 
   // Checks, tokenises and caches the rows of the files on all threads. tokenizer and chat_template may be null where every row is
   // pre-tokenised; a row of text is then an error that says so. Throws UserError naming file, line, field and reason at the first bad row

@@ -13,7 +13,6 @@
 #include <nlohmann/json.hpp>
 
 #include "data/packer.h"
-#include "src/files.h"
 
 namespace orpo {
 namespace {
@@ -32,13 +31,6 @@ struct Header {
 static_assert(sizeof(Header) == 64);
 constexpr char magic[9] = "orpotok\n";
 
-struct StoredPair {
-  int64_t first, row;  // first: index of the trunk's first token; chosen and rejected follow it
-  int32_t file, trunk, chosen, rejected;
-  int64_t tokens() const { return int64_t{trunk} + chosen + rejected; }
-};
-static_assert(sizeof(StoredPair) == 32);
-
 uint64_t hash_of(const void* data, size_t bytes) { return xxh64({static_cast<const std::byte*>(data), bytes}); }
 uint64_t header_hash(const Header& header) { return hash_of(&header, offsetof(Header, header_hash)); }
 
@@ -52,70 +44,11 @@ uint64_t blockwise_hash(std::string_view data, int threads) {
 
 int64_t padded(int64_t bytes) { return (bytes + 7) / 8 * 8; }
 
-void sum_pairs(DataReport& report, const StoredPair* pairs, int64_t count) {
-  report.kept = count;
-  for (int64_t i = 0; i < count; ++i) {
-    const StoredPair& p = pairs[i];
-    const int64_t trunk = p.trunk, chosen = p.chosen, rejected = p.rejected;
-    report.tokens += p.tokens();
-    report.longest_prompt = std::max(report.longest_prompt, trunk);
-    report.longest_sequence = std::max(report.longest_sequence, trunk + std::max(chosen, rejected));
-    report.largest_pair_rows =
-        std::max(report.largest_pair_rows, trunk + chosen - 1 + (rejected > 0 ? rejected - 1 : 0));
-  }
-}
-
-class MappedPairs : public PairSet {
- public:
-  MappedPairs(MappedFile file, const std::vector<std::filesystem::path>& files) : file_(std::move(file)) {
-    const char* data = file_.text().data();
-    const auto& header = *reinterpret_cast<const Header*>(data);
-    tokens_ = reinterpret_cast<const int32_t*>(data + sizeof(Header));
-    const char* after_tokens = data + sizeof(Header) + padded(header.tokens * 4);
-    pairs_ = reinterpret_cast<const StoredPair*>(after_tokens);
-    count_ = header.pairs;
-    const char* text = after_tokens + count_ * sizeof(StoredPair);
-    read_report(nlohmann::json::parse(text, text + header.report_bytes), files);
-  }
-
-  int64_t size() const override { return count_; }
-
-  TokenPair operator[](int64_t index) const override {
-    const StoredPair& p = pairs_[index];
-    const int32_t* first = tokens_ + p.first;
-    return {{first, size_t(p.trunk)}, {first + p.trunk, size_t(p.chosen)},
-            {first + p.trunk + p.chosen, size_t(p.rejected)}, p.row, p.file};
-  }
-
-  DataReport& mutable_report() { return report_; }
-
- private:
-  void read_report(const nlohmann::json& json, const std::vector<std::filesystem::path>& files) {
-    json.at("rows").get_to(report_.rows);
-    json.at("bad").get_to(report_.bad);
-    json.at("dropped").get_to(report_.dropped);
-    json.at("truncated").get_to(report_.truncated);
-    json.at("prompts_merged").get_to(report_.prompts_merged);
-    json.at("bad_reasons").get_to(report_.bad_reasons);
-    for (const auto& bad : json.at("first_bad"))
-      report_.first_bad.push_back(concat(files.at(bad.at(0).get<size_t>()).string(), ":", bad.at(1).get<int64_t>(), ": ",
-                                         bad.at(2).get<std::string>()));
-    sum_pairs(report_, pairs_, count_);
-  }
-
-  MappedFile file_;
-  const int32_t* tokens_;
-  const StoredPair* pairs_;
-  int64_t count_;
-};
-
 std::string report_json(const DataReport& report, const std::vector<BadPlace>& bad) {
   nlohmann::json first_bad = nlohmann::json::array();
   for (const BadPlace& place : bad) first_bad.push_back({place.file, place.line, place.text});
-  return nlohmann::json{{"rows", report.rows},           {"bad", report.bad},
-                        {"dropped", report.dropped},     {"truncated", report.truncated},
-                        {"prompts_merged", report.prompts_merged}, {"bad_reasons", report.bad_reasons},
-                        {"first_bad", first_bad}}
+  return nlohmann::json{
+      {"rows", report.rows}, {"bad", report.bad}, {"bad_reasons", report.bad_reasons}, {"first_bad", first_bad}}
       .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
@@ -178,8 +111,7 @@ std::optional<CacheKey> token_cache_key(const std::vector<std::filesystem::path>
   if (chat_template)
     text += concat("\ntemplate ", chat_template->name(), " ", rendered(*chat_template, {{"user", "Hm?\n"}}), " ",
                    rendered(*chat_template, {{"system", "S."}, {"user", " U"}, {"assistant", "A "}, {"user", "V"}}));
-  text += concat("\nsettings ", settings.max_length, " ", settings.max_prompt_length, " ", int(settings.on_long), " ",
-                 int(settings.on_bad_row), " ", settings.single_answers, " ", settings.vocabulary);
+  text += concat("\nwelcome ", settings.single_answers, " ", settings.vocabulary);
   return CacheKey{hash_of(text.data(), text.size())};
 }
 
@@ -194,7 +126,7 @@ std::filesystem::path token_cache_folder() {
   return {};
 }
 
-std::unique_ptr<PairSet> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files, int threads) {
+std::unique_ptr<StoredPairs> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files, int threads) {
   std::error_code ignored;
   const std::filesystem::path path = cache_file(key);
   if (token_cache_folder().empty() || !std::filesystem::is_regular_file(path, ignored)) return nullptr;
@@ -206,9 +138,66 @@ std::unique_ptr<PairSet> open_token_cache(CacheKey key, const std::vector<std::f
   }
   if (!whole(file->text(), key, threads)) return nullptr;
   std::filesystem::last_write_time(path, std::filesystem::file_time_type::clock::now(), ignored);  // its last use
-  auto set = std::make_unique<MappedPairs>(std::move(*file), files);
-  set->mutable_report().from_cache = true;
-  return set;
+  return std::make_unique<StoredPairs>(std::move(*file), files, true);
+}
+
+StoredPairs::StoredPairs(MappedFile file, const std::vector<std::filesystem::path>& files, bool from_cache)
+    : file_(std::move(file)) {
+  const char* data = file_.text().data();
+  const auto& header = *reinterpret_cast<const Header*>(data);
+  tokens_ = reinterpret_cast<const int32_t*>(data + sizeof(Header));
+  pairs_ = reinterpret_cast<const StoredPair*>(data + sizeof(Header) + padded(header.tokens * 4));
+  count_ = header.pairs;
+  const char* text = reinterpret_cast<const char*>(pairs_ + count_);
+  const auto json = nlohmann::json::parse(text, text + header.report_bytes);
+  json.at("rows").get_to(report_.rows);
+  json.at("bad").get_to(report_.bad);
+  json.at("bad_reasons").get_to(report_.bad_reasons);
+  for (const auto& bad : json.at("first_bad"))
+    report_.first_bad.push_back(concat(files.at(bad.at(0).get<size_t>()).string(), ":", bad.at(1).get<int64_t>(), ": ",
+                                       bad.at(2).get<std::string>()));
+  report_.from_cache = from_cache;
+}
+
+TokenPair StoredPairs::whole_pair(int64_t index) const {
+  const StoredPair& p = pairs_[index];
+  const int32_t* first = tokens_ + p.first;
+  return {{first, size_t(p.trunk)}, {first + p.trunk, size_t(p.chosen)},
+          {first + p.trunk + p.chosen, size_t(p.rejected)}, p.row, static_cast<int32_t>(p.file)};
+}
+
+TokenPair StoredPairs::operator[](int64_t index) const {
+  if (all_whole_) return whole_pair(index);
+  const Kept& kept = kept_[index];
+  TokenPair pair = whole_pair(kept.index);
+  pair.trunk = pair.trunk.last(kept.trunk);
+  pair.chosen = pair.chosen.first(kept.chosen), pair.rejected = pair.rejected.first(kept.rejected);
+  return pair;
+}
+
+void StoredPairs::fit(const DataSettings& settings) {
+  for (int64_t i = 0; i < count_; ++i) {
+    TokenPair pair = whole_pair(i);
+    const Fit fit = fit_to_limits(pair, settings);
+    const bool dropped = fit == Fit::dropped;
+    const int64_t trunk = static_cast<int64_t>(pair.trunk.size()), chosen = static_cast<int64_t>(pair.chosen.size());
+    const int64_t rejected = static_cast<int64_t>(pair.rejected.size());
+    if (fit != Fit::whole && all_whole_) {
+      for (int64_t k = 0; k < i; ++k) kept_.push_back({k, pairs_[k].trunk, pairs_[k].chosen, pairs_[k].rejected});
+      all_whole_ = false;
+    }
+    report_.dropped += dropped;
+    if (dropped) continue;
+    if (!all_whole_)
+      kept_.push_back({i, static_cast<int32_t>(trunk), static_cast<int32_t>(chosen), static_cast<int32_t>(rejected)});
+    report_.truncated += fit == Fit::truncated;
+    report_.prompts_merged += pairs_[i].prompt_merged;
+    report_.tokens += trunk + chosen + rejected;
+    report_.longest_prompt = std::max(report_.longest_prompt, trunk);
+    report_.longest_sequence = std::max(report_.longest_sequence, trunk + std::max(chosen, rejected));
+    report_.largest_pair_rows = std::max(report_.largest_pair_rows, pair_rows(pair));
+  }
+  report_.kept = size();
 }
 
 struct TokenWriter::Impl {
@@ -279,15 +268,16 @@ TokenWriter::~TokenWriter() {
   if (!impl_->partial.empty()) unlink(impl_->partial.c_str());
 }
 
-void TokenWriter::append(const TokenPair& pair) {
-  impl_->pairs.push_back({impl_->tokens, pair.row, pair.file, static_cast<int32_t>(pair.trunk.size()),
-                          static_cast<int32_t>(pair.chosen.size()), static_cast<int32_t>(pair.rejected.size())});
+void TokenWriter::append(const TokenPair& pair, bool prompt_merged) {
+  impl_->pairs.push_back({impl_->tokens, pair.row, static_cast<uint32_t>(pair.file), prompt_merged,
+                          static_cast<int32_t>(pair.trunk.size()), static_cast<int32_t>(pair.chosen.size()),
+                          static_cast<int32_t>(pair.rejected.size())});
   for (const auto part : {pair.trunk, pair.chosen, pair.rejected}) impl_->put(part.data(), part.size_bytes());
   impl_->tokens += impl_->pairs.back().tokens();
 }
 
-std::unique_ptr<PairSet> TokenWriter::finish(DataReport report, const std::vector<BadPlace>& bad,
-                                             const std::vector<std::filesystem::path>& files) {
+std::unique_ptr<StoredPairs> TokenWriter::finish(const DataReport& report, const std::vector<BadPlace>& bad,
+                                                 const std::vector<std::filesystem::path>& files) {
   const std::string text = report_json(report, bad);
   const int64_t zero = 0;
   impl_->put(&zero, padded(impl_->tokens * 4) - impl_->tokens * 4);
@@ -309,7 +299,7 @@ std::unique_ptr<PairSet> TokenWriter::finish(DataReport report, const std::vecto
     impl_->partial.clear();
     remove_unused(token_cache_folder());
   }
-  return std::make_unique<MappedPairs>(MappedFile(concat("/proc/self/fd/", impl_->fd)), files);
+  return std::make_unique<StoredPairs>(MappedFile(concat("/proc/self/fd/", impl_->fd)), files, false);
 }
 
 }  // namespace orpo

@@ -1,10 +1,11 @@
-// The token cache: kept pairs as one memory-mapped file, so that a second start tokenises nothing and a data set may be larger than memory.
+// The token cache: tokenised rows as one memory-mapped file, so that a second start tokenises nothing and a data set may be larger than
+// memory. Rows are kept at their full length and cut or dropped when they are read: one file serves every --max-length and every program.
 //
-//   header (64 bytes) | tokens, int32 | StoredPair per pair | report, JSON
+//   header (64 bytes) | tokens, int32 | StoredPair per row | report, JSON
 //
-// The key is a hash of all that decides the tokens: the files' contents (never their names or times), the tokenizer's files, what it and the
-// template make of a probe text, the settings and this format. A file is written beside and renamed; every byte is under a checksum, and
-// a broken or truncated file counts as absent. Files that were not used for 30 days are removed when a new one is written.
+// The key is a hash of all that decides the tokens: the files' contents (never their names or times), the tokenizer's files, what it and
+// the template make of a probe text, which rows are welcome, and this format. A file is written beside and renamed; every byte is under a
+// checksum, and a broken or truncated file counts as absent. Files not used for 30 days are removed when a new one is written.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,7 @@
 
 #include "data/pairs.h"
 #include "src/fail.h"
+#include "src/files.h"
 
 namespace orpo {
 
@@ -30,8 +32,43 @@ std::optional<CacheKey> token_cache_key(const std::vector<std::filesystem::path>
 // $ORPO_CACHE, $XDG_CACHE_HOME/orpo or ~/.cache/orpo; empty where none of the three variables (HOME last) is set.
 std::filesystem::path token_cache_folder();
 
-// The set of a key, its checksum verified; null where there is none that is whole. files: names for the report's messages.
-std::unique_ptr<PairSet> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files, int threads);
+struct StoredPair {
+  int64_t first, row;  // first: index of the trunk's first token; chosen and rejected follow it
+  uint32_t file : 31, prompt_merged : 1;
+  int32_t trunk, chosen, rejected;  // tokens
+  int64_t tokens() const { return int64_t{trunk} + chosen + rejected; }
+};
+static_assert(sizeof(StoredPair) == 32);
+
+// A mapped file as a set: all its rows until fit() has applied the limits.
+class StoredPairs : public PairSet {
+ public:
+  // A file whose checksum was verified or that this process wrote. files: names for the report's messages.
+  StoredPairs(MappedFile file, const std::vector<std::filesystem::path>& files, bool from_cache);
+
+  int64_t size() const override { return all_whole_ ? count_ : static_cast<int64_t>(kept_.size()); }
+  TokenPair operator[](int64_t index) const override;
+  // Once: leaves the rows that fit_to_limits keeps, and completes the report.
+  void fit(const DataSettings& settings);
+  void add_note(std::string note) { report_.note = std::move(note); }
+
+ private:
+  struct Kept {
+    int64_t index;
+    int32_t trunk, chosen, rejected;  // of its tokens: the trunk's last, the branches' first
+  };
+  TokenPair whole_pair(int64_t index) const;
+
+  MappedFile file_;
+  const int32_t* tokens_;
+  const StoredPair* pairs_;
+  int64_t count_;
+  bool all_whole_ = true;
+  std::vector<Kept> kept_;  // where not every row is whole
+};
+
+// The set of a key, its checksum verified; null where there is none that is whole.
+std::unique_ptr<StoredPairs> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files, int threads);
 
 // A cache file that cannot be written (no such folder, read-only, disk full): the caller keeps the tokens in memory instead.
 struct CacheTrouble : std::runtime_error {
@@ -45,7 +82,7 @@ struct BadPlace {
   std::string text;
 };
 
-// Collects kept pairs, in order, and ends as a mapped PairSet.
+// Collects pairs, in order, and ends as a mapped set.
 class TokenWriter {
  public:
   // Into the cache under a key, or (no key) into memory. Throws CacheTrouble.
@@ -54,9 +91,9 @@ class TokenWriter {
   TokenWriter(const TokenWriter&) = delete;
 
   // Throws CacheTrouble; in memory, MachineError.
-  void append(const TokenPair& pair);
-  // report: counts over the rows; what can be summed over the kept pairs is filled in here.
-  std::unique_ptr<PairSet> finish(DataReport report, const std::vector<BadPlace>& bad,
+  void append(const TokenPair& pair, bool prompt_merged);
+  // report: rows, bad and bad_reasons.
+  std::unique_ptr<StoredPairs> finish(const DataReport& report, const std::vector<BadPlace>& bad,
                                   const std::vector<std::filesystem::path>& files);
 
  private:

@@ -88,11 +88,23 @@ TEST_CASE("the key is the content: another name or time hits, another byte misse
   CHECK(cache.hit());
 }
 
-TEST_CASE("whatever decides the tokens is part of the key; the number of threads is not") {
+TEST_CASE("whatever decides the tokens is part of the key; limits and threads are not") {
   Cache cache;
-  cache.load();
+  const auto whole = cache.load();
   cache.settings.threads = 1;
   CHECK(cache.hit());
+  cache.settings.max_length = cache.settings.max_prompt_length = 17;
+  const auto cut = cache.load();
+  CHECK(cut->report().from_cache);
+  CHECK(cut->report().dropped == 90);
+  CHECK(cut->size() == 10);
+  CHECK((*cut)[9].row == 10);
+  cache.settings.on_long = OnLong::truncate;
+  const auto truncated = cache.load();
+  CHECK(truncated->report().from_cache);
+  CHECK(truncated->report().truncated == 90);
+  CHECK((*truncated)[99].trunk.size() + (*truncated)[99].chosen.size() == 17);
+  CHECK((*truncated)[99].trunk.back() == (*whole)[99].trunk.back());
   CHECK_FALSE(cache.hit(&bare));
   struct Shouting : LetterTemplate {
     std::string prompt(const std::vector<Message>& messages) const override { return LetterTemplate::prompt(messages) + "!"; }
@@ -107,10 +119,6 @@ TEST_CASE("whatever decides the tokens is part of the key; the number of threads
     cache.tokenizer = tokenizer;
     return missed;
   };
-  CHECK(misses([&] { cache.settings.max_length = 30; }));
-  CHECK(misses([&] { cache.settings.max_prompt_length = 50; }));
-  CHECK(misses([&] { cache.settings.on_long = OnLong::truncate; }));
-  CHECK(misses([&] { cache.settings.on_bad_row = OnBadRow::skip; }));
   CHECK(misses([&] { cache.settings.single_answers = true; }));
   CHECK(misses([&] { cache.settings.vocabulary = 300; }));
   CHECK(misses([&] { cache.tokenizer.fingerprint = 18; }));
@@ -160,6 +168,9 @@ TEST_CASE("a bad row leaves no cache and no half-written file; skipped ones are 
   CHECK(set->report().from_cache);
   CHECK(set->report().bad == 1);
   CHECK(set->report().first_bad == std::vector<std::string>{moved.string() + ":101: chosen: missing"});
+  cache.settings.on_bad_row = OnBadRow::error;
+  CHECK_THROWS_WITH(cache.load(), (moved.string() + ":101: chosen: missing; mend the row, or leave bad rows out with "
+                                   "--on-bad-row skip").c_str());
   CHECK(set->report().bad_reasons == std::vector<std::pair<std::string, int64_t>>{{"chosen: missing", 1}});
 }
 
@@ -200,15 +211,15 @@ TEST_CASE("caches that were not used for a month go when another is written") {
   std::ofstream(stranger) << "kept";
   const auto now = std::filesystem::file_time_type::clock::now();
   for (const auto& path : {old, stranger}) std::filesystem::last_write_time(path, now - std::chrono::hours(24 * 31));
-  cache.settings.max_length = 500;
+  cache.settings.vocabulary = 500;
   cache.load();
   CHECK_FALSE(std::filesystem::exists(old));
   CHECK(std::filesystem::exists(stranger));
   for (const auto& path : cache.files())
     if (path != stranger) std::filesystem::last_write_time(path, now - std::chrono::hours(24 * 31));
   CHECK(cache.hit());  // and that was a use of it
-  cache.settings.max_length = 501;
+  cache.settings.vocabulary = 501;
   cache.load();
-  cache.settings.max_length = 500;
+  cache.settings.vocabulary = 500;
   CHECK(cache.hit());
 }
