@@ -11,6 +11,7 @@
 
 #include "src/fail.h"
 #include "tokenizer/pipeline.h"
+#include "tokenizer/template.h"
 
 namespace orpo {
 namespace {
@@ -281,6 +282,31 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const fs::path& folder) {
       !begins_with.empty() && tokenizer->begin_of_sequence && tokenizer->token_id(begins_with) == tokenizer->begin_of_sequence;
   tokenizer->fingerprint = hash_files(folder);
   return tokenizer;
+}
+
+SpecialTexts special_texts(const fs::path& folder) {
+  const Settings s(folder);
+  const fs::path json = folder / "tokenizer.json";
+  const bool byte_level = fs::exists(json) && read_text_file(json).find("\"ByteLevel\"") != std::string::npos;
+  const auto special = special_tokens(s, choose_kind(s, byte_level));
+  const auto text = [&](const char* role) {
+    const auto found = special.find(role);
+    return found == special.end() ? std::string() : found->second.content;
+  };
+  return {text("bos_token"), text("eos_token")};
+}
+
+std::optional<std::string> own_template(const fs::path& folder) {
+  const fs::path jinja = folder / "chat_template.jinja", settings = folder / "tokenizer_config.json";
+  if (fs::exists(jinja)) return read_text_file(jinja);
+  const Json config = read_json(settings);
+  const auto found = config.find("chat_template");
+  if (found == config.end() || found->is_null()) return std::nullopt;
+  if (found->is_string()) return found->get<std::string>();
+  if (found->is_array())
+    for (const Json& entry : *found)
+      if (entry.is_object() && value<std::string>(entry, "name", "") == "default") return value<std::string>(entry, "template", "");
+  fail(settings.string(), ": chat_template: expected a text, or a list in which one is named \"default\"");
 }
 
 }  // namespace orpo
