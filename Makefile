@@ -13,7 +13,7 @@ flags.release  := -O3 -g1
 flags.debug    := -O0 -g -D_GLIBCXX_ASSERTIONS
 flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
 CPPFLAGS += -I. -MMD -MP
-CXXFLAGS += -std=c++20 -Wall -Wextra -fopenmp -march=$(ARCH) $(flags.$(BUILD))
+CXXFLAGS += -std=c++20 -Wall -Wextra -fno-math-errno -fopenmp -march=$(ARCH) $(flags.$(BUILD))
 LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
 LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp
 
@@ -74,7 +74,7 @@ build/.packages:
 	  header=$${p#*=}; \
 	  case $$header in \
 	    g++) command -v $(CXX) >/dev/null || missing="$$missing $${p%=*}" ;; \
-	    *) command -v $(CXX) >/dev/null && echo "#include <$$header>" | $(CXX) -std=c++20 -E -x c++ - >/dev/null 2>&1 || missing="$$missing $${p%=*}" ;; \
+	    *) command -v $(CXX) >/dev/null && echo "#include <$$header>" | $(CXX) -std=c++20 -DPCRE2_CODE_UNIT_WIDTH=8 -E -x c++ - >/dev/null 2>&1 || missing="$$missing $${p%=*}" ;; \
 	  esac; done; \
 	if [ -n "$$missing" ]; then echo "missing packages:$$missing"; echo "install them:     make deps   (or: apt-get install$$missing)"; exit 2; fi; touch $@
 

@@ -40,12 +40,6 @@ struct Step {
         gradient_scale(A(s.gradient_scale)) {}
 };
 
-template <class A>
-Vector<A> square_root(Vector<A> x) {
-  for (int i = 0; i < lanes<A>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-}
-
 template <class T, class A>
 void update_block(T* weight, A* master, A* first, A* second, const A* gradient, int64_t count, const Step<A>& s) {
   for_vectors<A>(count, [&](int64_t i, auto n) {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "src/tensor.h"
@@ -125,25 +126,41 @@ inline void store(T* p, Vector<Accumulator<T>> v, Count count) {
   }
 }
 
-template <class A>
-inline A sum_lanes(Vector<A> v) {
-  A partial[lanes<A>];
-  std::memcpy(partial, &v, sizeof v);
-  for (int width = lanes<A> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) partial[i] += partial[i + width];
-  return partial[0];
-}
-
 template <class V>
 inline V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
+// All lanes by halves: (v0 op v_half), ..., always in the same order.
+template <class V, class Op, int... Low>
+inline auto fold_halves(V v, Op op, std::integer_sequence<int, Low...>) {
+  constexpr int half = sizeof...(Low);
+  if constexpr (half == 1) {
+    return op(v[0], v[1]);
+  } else {
+    const auto folded = op(__builtin_shufflevector(v, v, Low...), __builtin_shufflevector(v, v, (Low + half)...));
+    return fold_halves(folded, op, std::make_integer_sequence<int, half / 2>{});
+  }
+}
+
+template <class A>
+inline A sum_lanes(Vector<A> v) {
+  return fold_halves(v, [](auto a, auto b) { return a + b; }, std::make_integer_sequence<int, lanes<A> / 2>{});
+}
+
 template <class A>
 inline A maximum_of_lanes(Vector<A> v) {
-  A m = v[0];
-  for (int i = 1; i < lanes<A>; ++i) m = maximum(m, v[i]);
-  return m;
+  return fold_halves(v, [](auto a, auto b) { return maximum(a, b); }, std::make_integer_sequence<int, lanes<A> / 2>{});
+}
+
+template <class A>
+inline Vector<A> square_root(Vector<A> x) {
+  A values[lanes<A>];
+  std::memcpy(values, &x, sizeof x);
+#pragma omp simd
+  for (int i = 0; i < lanes<A>; ++i) values[i] = std::sqrt(values[i]);
+  std::memcpy(&x, values, sizeof x);
+  return x;
 }
 
 // exp to 2 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!, 2^k in two factors so that subnormal results keep their
