@@ -239,6 +239,24 @@ std::vector<std::pair<std::string, std::string>> option_values(Program program, 
   return values;
 }
 
+std::string toml_text(const std::vector<std::pair<std::string, std::string>>& values) {
+  const auto quoted = [](const std::string& text) {
+    std::string out = "\"";
+    for (const char c : text) out += c == '"' || c == '\\' ? std::string("\\") + c : c == '\n' ? "\", \"" : std::string(1, c);
+    return out + "\"";
+  };
+  std::string text;
+  for (const auto& [name, value] : values) {
+    const Option* option = find_option(Program::train, name);
+    if (value.empty() || !option || option->resume == Option::Resume::asks) continue;
+    if (!option->default_text.empty() && value == option->get(Options{})) continue;  // "0" there stands for "by itself"
+    const bool bare = value == "true" || value == "false" || option->value == "N" || option->value == "X" || option->value == "TOKENS" ||
+                      option->value == "STEPS" || option->value == "ROWS";
+    text += concat(name, " = ", bare ? value : option->list ? "[" + quoted(value) + "]" : quoted(value), "\n");
+  }
+  return text;
+}
+
 void adopt_options(Options& options, const std::vector<std::pair<std::string, std::string>>& saved) {
   const Options defaults;
   for (const auto& [name, value] : saved) {

@@ -83,6 +83,9 @@ std::string help_text(Program program);
 // Every option of the program with its value, in the table's order: the run's log and the checkpoint's copy. Values are written as the parser reads them; lists joined by newlines.
 std::vector<std::pair<std::string, std::string>> option_values(Program program, const Options& options);
 
+// The same as a recipe for --config: options that hold no value are left out.
+std::string toml_text(const std::vector<std::pair<std::string, std::string>>& values);
+
 // Takes from a checkpoint's copy every option that was not given. Options that a resumed run must share (what fixes the order of the pairs)
 // and that were given differently: UserError.
 void adopt_options(Options& options, const std::vector<std::pair<std::string, std::string>>& saved);

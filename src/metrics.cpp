@@ -74,6 +74,7 @@ MetricList preference_metrics(const PairSums& s, const HeadSettings& settings, c
 
 void Work::add(const TokenPair& pair, bool score_prompt) {
   const bool named_twice = !pair.trunk.empty() && !pair.rejected.empty();
+  tokens += static_cast<double>(pair.trunk.size() + pair.chosen.size() + pair.rejected.size());
   rows += static_cast<double>(pair_rows(pair));
   targets += static_cast<double>(pair_targets(pair, score_prompt) - named_twice);
   visible += static_cast<double>(pair_visible(pair));

@@ -50,7 +50,7 @@ MetricList preference_metrics(const PairSums& sums, const HeadSettings& settings
 
 // The work in some rows of data, shared prompts counted once.
 struct Work {
-  double rows = 0, targets = 0, visible = 0, pairs = 0;
+  double tokens = 0, rows = 0, targets = 0, visible = 0, pairs = 0;
   // targets here: rows with a target (the last trunk row, which predicts two tokens, once); visible: (query, key) pairs under the causal mask.
   void add(const TokenPair& pair, bool score_prompt);
   // 6 x matrix weights x rows (the head's only for rows with a target) + 12 x layers x heads * head_dim x visible pairs.

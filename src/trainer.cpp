@@ -134,14 +134,24 @@ void draw_weights(DeviceModel& model, uint64_t seed) {
   }
 }
 
+namespace {
+
+// to = from, rounded, unless the two are one copy.
+void convert_all(DeviceModel& model, const Weights& to, const Weights& from) {
+  const auto out = parameters(model.config, to), in = parameters(model.config, from);
+  for (size_t i = 0; i < out.size(); ++i)
+    if (out[i].tensor.data != in[i].tensor.data) model.backend.convert(out[i].tensor, in[i].tensor);
+}
+
+}  // namespace
+
 void start_optimizer(DeviceModel& model) {
-  const TrainingTensors& t = model.tensors;
-  const auto weights = parameters(model.config, t.weights), masters = parameters(model.config, t.masters);
-  for (size_t i = 0; i < weights.size(); ++i)
-    if (masters[i].tensor.data != weights[i].tensor.data) model.backend.convert(masters[i].tensor, weights[i].tensor);
-  for (const Weights* moments : {&t.first, &t.second})
+  convert_all(model, model.tensors.masters, model.tensors.weights);
+  for (const Weights* moments : {&model.tensors.first, &model.tensors.second})
     for (const Parameter& m : parameters(model.config, *moments)) model.backend.zero(m.tensor);
 }
+
+void weights_from_masters(DeviceModel& model) { convert_all(model, model.tensors.weights, model.tensors.masters); }
 
 std::optional<PairSums> evaluate(DeviceModel& model, const PairSet& set, int64_t micro_tokens,
                                  const std::function<void(const TokenPair&, const PairResult&)>& each) {

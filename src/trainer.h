@@ -47,6 +47,7 @@ class MicroBatch {
   void forward();                                               // tokens -> hidden rows
   std::vector<PairResult> head(const Normalisers& normalisers); // hidden rows -> loss; where the model trains also its gradient at the hidden rows
   void backward();                                              // -> gradients += of every weight
+  const Tensor& hidden() const { return activations_.hidden; }  // [rows, width] T, after forward()
 
  private:
   DeviceModel& model_;
@@ -81,6 +82,8 @@ void check_first_moments(const DeviceModel& model);
 void draw_weights(DeviceModel& model, uint64_t seed);
 // masters = weights, moments = 0: before the first step.
 void start_optimizer(DeviceModel& model);
+// weights = masters, rounded: after a checkpoint was loaded.
+void weights_from_masters(DeviceModel& model);
 
 // Sums over all rows of a set, nothing trained. each: called for every row in the set's order. Empty: stopped on the way (signals.h).
 std::optional<PairSums> evaluate(DeviceModel& model, const PairSet& set, int64_t micro_tokens,

@@ -1,0 +1,33 @@
+#include "src/loaded_model.h"
+
+#include "src/model_folder.h"
+#include "src/setup.h"
+
+namespace orpo {
+namespace {
+
+PlanRequest reading(const Options& options, const Config& config, const PairSet& set) {
+  PlanRequest request;
+  request.config = config;
+  request.dtype = resolve_dtype(options.dtype);
+  request.head = head_settings(options);
+  request.micro_tokens = options.micro_tokens;
+  request.largest_pair_rows = set.report().largest_pair_rows;
+  request.step_pairs = set.size();
+  request.trains = false;
+  return request;
+}
+
+}  // namespace
+
+LoadedModel::LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set)
+    : request_(reading(options, description.config, set)),
+      plan_(make_plan(request_, available_memory())),
+      backend_(open_backend(options)),
+      state_("state", *backend_, plan_.state_bytes),
+      scratch_("scratch", *backend_, plan_.scratch_bytes),
+      model_{request_.config, request_.dtype, TrainingTensors::allocate_weights(request_.config, request_.dtype, state_), request_.head, *backend_, scratch_} {
+  load_weights(options.model, request_.config, model_.tensors.weights, *backend_);
+}
+
+}  // namespace orpo

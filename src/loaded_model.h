@@ -1,0 +1,30 @@
+// A model folder opened for reading: evaluation and decoding, nothing trained.
+#pragma once
+
+#include <memory>
+
+#include "data/pairs.h"
+#include "src/config.h"
+#include "src/family.h"
+#include "src/plan.h"
+#include "src/trainer.h"
+
+namespace orpo {
+
+class LoadedModel {
+ public:
+  // With memory for micro-batches of this set. options: --dtype --device --threads --micro-tokens and the objective's.
+  LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set);
+
+  DeviceModel& model() { return model_; }
+  int64_t micro_tokens() const { return plan_.micro_tokens; }
+
+ private:
+  PlanRequest request_;
+  MemoryPlan plan_;
+  std::unique_ptr<Backend> backend_;
+  Arena state_, scratch_;
+  DeviceModel model_;
+};
+
+}  // namespace orpo

@@ -1,0 +1,266 @@
+#include "src/run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+
+#include "src/console.h"
+#include "src/fail.h"
+#include "src/json.h"
+#include "src/setup.h"
+#include "src/signals.h"
+
+namespace orpo {
+namespace {
+
+namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// What an earlier run leaves in its output folder.
+std::vector<fs::path> remains_of_a_run(const fs::path& out) {
+  std::vector<fs::path> remains;
+  if (!fs::is_directory(out)) return remains;
+  for (const fs::directory_entry& entry : fs::directory_iterator(out)) {
+    const std::string name = entry.path().filename();
+    if (name == "metrics.jsonl" || name == "options.toml" || name.starts_with("events.out.tfevents.") || name.starts_with("checkpoint-") ||
+        name.starts_with("model.safetensors") || (name.starts_with("model-") && name.ends_with(".safetensors")))
+      remains.push_back(entry.path());
+  }
+  return remains;
+}
+
+StoredDType saved_dtype(SaveDType choice, StoredDType input) {
+  return choice == SaveDType::bf16 ? StoredDType::bf16 : choice == SaveDType::fp16 ? StoredDType::f16 : choice == SaveDType::fp32 ? StoredDType::f32 : input;
+}
+
+}  // namespace
+
+Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
+  const bool writes = given.save_gradients.empty();
+  if (!given.resume.empty())
+    open_checkpoint(given);
+  else if (writes && !given.overwrite && !remains_of_a_run(given.output).empty())
+    fail("--output: ", given.output, " holds a run; go on with it by --resume, replace it by --overwrite, or name another folder");
+
+  source_.folder = options_.model;
+  source_.description = read_model_config(options_.model);
+  for (const std::string& note : source_.description.notes) console().say("model: ", note);
+  source_.dtype = saved_dtype(options_.save_dtype, stored_dtype(options_.model, source_.description));
+  resolve_lengths(options_, source_.description.config);
+
+  data_ = load_rows(options_, options_.data, source_.description.config, "data");
+  if (!options_.eval_data.empty()) eval_data_ = load_rows(options_, options_.eval_data, source_.description.config, "evaluation data");
+  sampler_.emplace(data_->size(), options_.batch_pairs, options_.seed, options_.shuffle);
+  total_steps = options_.max_steps > 0 ? options_.max_steps : sampler_->steps(options_.epochs);
+
+  open_memory();
+  load_state();
+  if (writes) open_output();
+  say_what_runs();
+  step_end_ = Clock::now();
+}
+
+// --resume: the newest whole checkpoint of --output, or the folder named. A run that was stopped before its first checkpoint starts again.
+void Run::open_checkpoint(const Options& given) {
+  if (given.resume != "newest") {
+    checkpoint_ = orpo::open_checkpoint(given.resume);
+  } else if (fs::is_directory(given.output)) {
+    lock_.emplace(given.output);
+    checkpoint_ = find_resumable(given.output, [](const std::string& line) { console().say(line); });
+  }
+  if (!checkpoint_) {
+    if (given.model.empty() || given.data.empty())
+      fail("--resume: ", given.output, " has no whole checkpoint; give --model and --data to start the run");
+    console().say("no checkpoint in ", given.output, " yet: starting from the beginning");
+    return;
+  }
+  adopt_options(options_, checkpoint_->state.options);
+  if (!fs::is_directory(options_.model)) fail("--model: the folder ", options_.model, " that this run started from is gone; say where it is now");
+}
+
+void Run::open_memory() {
+  const Config& config = source_.description.config;
+  PlanRequest request;
+  request.config = config;
+  request.dtype = resolve_dtype(options_.dtype);
+  request.head = head_settings(options_);
+  request.micro_tokens = options_.micro_tokens;
+  request.largest_pair_rows = std::max(data_->report().largest_pair_rows, eval_data_ ? eval_data_->report().largest_pair_rows : 0);
+  request.step_pairs = std::max(std::min(options_.batch_pairs, data_->size()), eval_data_ ? eval_data_->size() : 0);
+  plan_ = make_plan(request, options_.device_memory ? options_.device_memory : available_memory());
+
+  backend_ = open_backend(options_);
+  gemm_rate_ = measure_gemm_rate(*backend_, request.dtype);
+  state_.emplace("state", *backend_, plan_.state_bytes);
+  scratch_.emplace("scratch", *backend_, plan_.scratch_bytes);
+  model_.emplace(DeviceModel{config, request.dtype, TrainingTensors::allocate(config, request.dtype, *state_), request.head, *backend_, *scratch_});
+  if (state_->used() != plan_.state_bytes)
+    fail_machine("memory: planned ", plan_.state_bytes, " bytes for weights, gradients and moments, took ", state_->used());
+}
+
+void Run::load_state() {
+  const TrainingTensors& t = model_->tensors;
+  if (!checkpoint_) {
+    if (options_.init == Init::random)
+      draw_weights(*model_, options_.seed);
+    else
+      load_weights(options_.model, model_->config, t.weights, *backend_);
+    start_optimizer(*model_);
+    return;
+  }
+  const TrainingState& state = checkpoint_->state;
+  load_checkpoint(*checkpoint_, model_->config, {t.masters, t.first, t.second}, *backend_);
+  weights_from_masters(*model_);
+  const auto counter = [&](const char* name) {
+    const auto found = state.counters.find(name);
+    return found == state.counters.end() ? int64_t{0} : found->second;
+  };
+  if (counter("data_pairs") != data_->size())
+    fail("--data: the run was started on ", counter("data_pairs"), " pairs, and now there are ", data_->size(), "; a resumed run needs the same rows");
+  done = done_at_start_ = state.step;
+  skipped = counter("skipped_steps");
+  skipped_in_a_row = counter("skipped_in_a_row");
+  history_ = state.log_history;
+  if (!history_.empty() && history_.back().find("\"eval_loss\"") != std::string::npos)
+    evaluated_ = parse_json(history_.back(), "log_history").value("step", int64_t{-1});
+  saved_ = done;
+}
+
+// From here on the output folder is this run's.
+void Run::open_output() {
+  const fs::path out = options_.output;
+  make_folder(out);
+  if (!lock_) lock_.emplace(out);
+  if (!checkpoint_)
+    for (const fs::path& old : remains_of_a_run(out)) remove_tree(old);
+  sweep_leftovers(out);
+  std::string recipe = "# The options of this run: orpo_train --config options.toml repeats it.\n";
+  write_file_atomically(out / "options.toml", recipe + toml_text(option_values(Program::train, options_)));
+  log_.emplace(options_.metrics.empty() ? out / "metrics.jsonl" : fs::path(options_.metrics), out, done);
+}
+
+void Run::say_what_runs() const {
+  const Options& o = options_;
+  const Config& c = model_->config;
+  console().say("model: ", c.family, ", ", number_text(static_cast<double>(c.parameters()) / 1e6, 1), " million parameters, ",
+                o.init == Init::random ? "drawn anew, " : "", dtype_name(model_->dtype), " on ", backend_->name(), "; 2048^3 products at ",
+                number_text(gemm_rate_ / 1e9, 0), " GFLOP/s (measured; mfu is against it)");
+  console().say("loss: ", loss_text(o));
+  console().say("run: ", total_steps - done, " steps of ", std::min(o.batch_pairs, data_->size()), " pairs, ",
+                number_text(sampler_->epoch_at(total_steps), 2), " epochs", done ? concat(", resumed at step ", done) : "", "; learning rate ",
+                o.learning_rate, "; memory ", bytes_text(plan_.total()), ", micro-batches of ", plan_.micro_tokens, " rows (--plan shows more)");
+}
+
+AdamW Run::next_update() const {
+  const Options& o = options_;
+  const double factor = schedule_factor(o.lr_schedule, done, o.warmup_steps, total_steps);
+  return {o.learning_rate * factor, o.adam_beta1, o.adam_beta2, o.adam_eps, o.weight_decay, done - skipped + 1, 1.0};
+}
+
+void Run::check_gradients(const GradientNorm& gradients) {
+  if (!gradients_checked_) check_first_gradients(*model_, gradients);
+  gradients_checked_ = true;
+}
+
+void Run::check_moments(double learning_rate) {
+  if (moments_checked_ || learning_rate == 0) return;
+  check_first_moments(*model_);
+  moments_checked_ = true;
+}
+
+MetricList Run::base_metrics() const {
+  return {{"step", static_cast<double>(done)}, {"epoch", sampler_->epoch_at(done)}};
+}
+
+void Run::write_metrics(const MetricList& metrics) {
+  if (log_) log_->write(done, metrics);
+  history_.push_back(json_line(metrics));
+}
+
+void Run::log(const StepResult& r) {
+  const double seconds = seconds_since(step_end_);
+  step_end_ = Clock::now();
+  MetricList m = base_metrics();
+  for (const auto& entry : preference_metrics(r.sums, model_->head)) m.push_back(entry);
+  const double flops = r.work.training_flops(model_->config);
+  for (const auto& [name, value] : MetricList{{"grad_norm", r.gradients.norm},
+                                              {"learning_rate", r.learning_rate},
+                                              {"tokens_per_second", r.work.tokens / seconds},
+                                              {"pairs_per_second", r.work.pairs / seconds},
+                                              {"mfu", flops / seconds / gemm_rate_},
+                                              {"peak_memory_bytes", static_cast<double>(peak_resident_bytes())},
+                                              {"micro_batches", static_cast<double>(r.micro_batches)},
+                                              {"skipped_steps", static_cast<double>(skipped)}})
+    m.emplace_back(name, value);
+  write_metrics(m);
+
+  const auto show = [&](const char* label, const char* name) {
+    const double value = metric(m, name);
+    return std::isnan(value) ? std::string() : concat("  ", label, " ", number_text(value, 3));
+  };
+  const double left = seconds_since(start_) / static_cast<double>(done - done_at_start_) * static_cast<double>(total_steps - done);
+  console().progress(concat("step ", done, "/", total_steps, show("loss", "loss"), show("nll", "nll_loss"), show("chosen", "logps/chosen"),
+                            show("rejected", "logps/rejected"), show("accuracy", "rewards/accuracies"), "  ",
+                            number_text(metric(m, "tokens_per_second"), 0), " tokens/s  ", seconds_text(left), " left"),
+                     done == total_steps);
+  if (r.finite) return;
+  console().say("step ", done, ": the ", std::isfinite(loss_of(r.sums, model_->head)) ? "gradient" : "loss", " is not finite; step skipped");
+  if (skipped_in_a_row >= options_.max_bad_steps)
+    fail("step ", done, ": loss or gradient was not finite in ", skipped_in_a_row, " steps in a row; the weights still are what they were after step ",
+         done - skipped_in_a_row, "; try a lower --learning-rate, --warmup-steps, or --dtype fp32");
+}
+
+bool Run::evaluate() {
+  if (!eval_data_ || evaluated_ == done) return true;
+  const std::optional<PairSums> sums = orpo::evaluate(*model_, *eval_data_, plan_.micro_tokens);
+  if (!sums) return false;
+  MetricList m = base_metrics();
+  for (const auto& entry : preference_metrics(*sums, model_->head, "eval_")) m.push_back(entry);
+  write_metrics(m);
+  evaluated_ = done;
+  std::string line = concat("evaluation at step ", done, ": loss ", number_text(metric(m, "eval_loss"), 4), "  nll ", number_text(metric(m, "eval_nll_loss"), 4),
+                            "  chosen ", number_text(metric(m, "eval_logps/chosen"), 4));
+  if (sums->pairs > 0)
+    line += concat("  rejected ", number_text(metric(m, "eval_logps/rejected"), 4), "  accuracy ", number_text(metric(m, "eval_rewards/accuracies"), 3));
+  console().say(line);
+  step_end_ = Clock::now();
+  return true;
+}
+
+void Run::save() {
+  if (saved_ == done) return;
+  const Options& o = options_;
+  TrainingState state;
+  state.step = done;
+  state.epoch = sampler_->epoch_at(done);
+  state.max_steps = total_steps;
+  state.epochs = o.epochs;
+  state.batch_pairs = o.batch_pairs, state.eval_every = o.eval_every, state.save_every = o.save_every;
+  state.seed = o.seed;
+  state.counters = {{"data_pairs", data_->size()}, {"skipped_steps", skipped}, {"skipped_in_a_row", skipped_in_a_row}};
+  state.options = option_values(Program::train, o);
+  state.log_history = history_;
+  const TrainingTensors& t = model_->tensors;
+  const fs::path folder = save_checkpoint(o.output, state, source_, {t.masters, t.first, t.second}, o.keep, *backend_);
+  saved_ = done;
+  console().say("saved ", folder.string());
+  step_end_ = Clock::now();
+}
+
+int Run::stop() {
+  console().say(stop_reason(), ": stopping after step ", done);
+  save();
+  console().say("stopped; --resume --output ", options_.output, " goes on");
+  return exit_stopped;
+}
+
+int Run::finish() {
+  save_model(options_.output, source_, model_->tensors.masters, *backend_);
+  console().say("finished ", total_steps, " steps in ", seconds_text(seconds_since(start_)), skipped ? concat(", ", skipped, " of them skipped") : "",
+                "; the model is in ", options_.output);
+  return exit_finished;
+}
+
+}  // namespace orpo
