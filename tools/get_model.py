@@ -37,7 +37,8 @@ LAYER = {
 
 
 def fail(message):
-    sys.exit(f"get_model: {message}")
+    print(f"get_model: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 try:
