@@ -75,8 +75,9 @@ void AddedTokens::set(AddedToken token) {
 void AddedTokens::finish(const std::function<std::string(std::string_view)>& normalize) {
   raw_ = normalized_ = PatternSet();
   for (size_t i = 0; i < tokens_.size(); ++i) {
-    const std::string pattern = tokens_[i].normalized ? normalize(tokens_[i].content) : tokens_[i].content;
-    if (!pattern.empty()) (tokens_[i].normalized ? normalized_ : raw_).add(pattern, static_cast<int32_t>(i));
+    AddedToken& token = tokens_[i];
+    token.pattern = token.normalized ? normalize(token.content) : token.content;
+    if (!token.pattern.empty()) (token.normalized ? normalized_ : raw_).add(token.pattern, static_cast<int32_t>(i));
   }
 }
 

@@ -21,6 +21,7 @@ struct AddedToken {
   bool rstrip = false;       // and on its right
   bool normalized = true;    // looked for in the normalised text, by its own normalised form
   bool special = false;      // left out by decode(skip_special)
+  std::string pattern;       // what is looked for, and what decoding spells: the content, normalised where that is asked
 };
 
 // A stretch of text: an added token, or text for the model (token == nullptr).

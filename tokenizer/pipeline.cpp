@@ -82,7 +82,7 @@ class PipelineTokenizer : public Tokenizer {
       if (id < 0 || id >= vocabulary_size()) continue;
       const AddedToken* added = added_.find(id);
       if (skip_special && added && added->special) continue;
-      const std::string& text = texts_[id];
+      const std::string& text = added ? added->pattern : texts_[id];
       if (byte_level_) {
         out += byte_level_bytes(text).value_or(text);
         continue;

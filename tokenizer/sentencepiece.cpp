@@ -146,7 +146,9 @@ SentencePieces read_sentencepiece(const std::filesystem::path& file) {
     model.vocabulary.emplace(piece.text, static_cast<int32_t>(i));
     if (piece.type == unknown_piece) out.unknown = piece.text;
     if (piece.type != control_piece && piece.type != user_defined_piece) continue;
-    AddedToken token{.content = piece.text, .id = static_cast<int32_t>(i)};
+    AddedToken token;
+    token.content = piece.text;
+    token.id = static_cast<int32_t>(i);
     token.normalized = false;
     token.special = piece.type == control_piece;
     out.pipeline.added.push_back(std::move(token));

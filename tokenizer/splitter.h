@@ -26,7 +26,7 @@ std::unique_ptr<Splitter> make_digits_splitter(bool individual);
 std::unique_ptr<Splitter> make_literal_splitter(std::string literal, MatchBehavior behavior, bool invert);
 // A regular expression. The patterns of GPT-2, Qwen2 and Llama-3 have matchers of their own, with exactly the character classes
 // of the Hugging Face library. Any other runs in PCRE2, whose Unicode version is that of the installed package: letters and
-// numbers younger than it fall into other words there, and U+180E is white space only in PCRE2.
+// numbers younger than it fall into other words there.
 // Throws UserError: the expression does not compile, or means something else in PCRE2 than in Oniguruma. `where`: for the message.
 std::unique_ptr<Splitter> make_pattern_splitter(const std::string& pattern, MatchBehavior behavior, bool invert,
                                                 const std::string& where);

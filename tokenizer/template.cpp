@@ -46,7 +46,7 @@ class TurnTemplate : public ChatTemplate {
 
 // How the templates with [INST] differ from each other.
 struct InstForm {
-  enum System { sys_tags, refused, before_first, before_last };  // where a system message goes
+  enum System { sys_tags, refused, before_first };  // where a system message goes
   std::string name;
   System system;
   bool begin_each;     // begin-of-sequence before every user turn, not only the first
@@ -80,8 +80,7 @@ class InstTemplate : public ChatTemplate {
       std::string text = m.content;
       if (has_system && form_.system == InstForm::sys_tags && i == first)
         text = "<<SYS>>\n" + messages[0].content + "\n<</SYS>>\n\n" + text;
-      if (has_system && ((form_.system == InstForm::before_first && i == first) || (form_.system == InstForm::before_last && i == last)))
-        text = messages[0].content + "\n\n" + text;
+      if (has_system && form_.system == InstForm::before_first && i == first) text = messages[0].content + "\n\n" + text;
       out += (form_.begin_each ? texts_.begin : "") + "[INST] " + content(text) + form_.close;
     }
     return out;
@@ -154,7 +153,7 @@ std::vector<Template> forms(const jinja::Program& program, const SpecialTexts& t
   out.push_back(std::make_unique<TurnTemplate>(TurnTemplate::zephyr, texts));
   out.push_back(std::make_unique<TurnTemplate>(TurnTemplate::llama3, texts));
   out.push_back(std::make_unique<InstTemplate>(llama2_form(), texts));
-  for (const auto place : {InstForm::refused, InstForm::before_first, InstForm::before_last})
+  for (const auto place : {InstForm::refused, InstForm::before_first})
     for (int spaces = 0; spaces < 8; ++spaces)
       out.push_back(std::make_unique<InstTemplate>(mistral_form(place, spaces & 1, spaces & 2, spaces & 4), texts));
   out.push_back(std::make_unique<TextTemplate>(true, texts));
@@ -174,18 +173,21 @@ const std::vector<std::vector<Message>>& probes() {
   return all;
 }
 
-// Whether both render every probe alike, prompt and answer, and refuse the same ones.
+// Whether both render every probe alike, prompt and answer, and refuse the same ones. A Jinja text that renders a conversation otherwise
+// once it is answered (some Mistral ones drop the system message then) counts as refusing it: training and generation would differ.
 bool renders_alike(const ChatTemplate& ours, const jinja::Program& program, const SpecialTexts& texts) {
   const std::string answer = " Fine, \n thanks. ";
   bool compared = false;
   for (const auto& messages : probes()) {
-    const auto prompt = rendered([&] { return ours.prompt(messages); });
-    if (rendered([&] { return program.render(messages, texts.begin, texts.end, true); }) != prompt) return false;
-    if (!prompt) continue;
     auto whole = messages;
     whole.push_back({"assistant", answer});
-    const auto text = rendered([&] { return program.render(whole, texts.begin, texts.end, false); });
-    if (!text || !text->starts_with(*prompt + ours.response(messages, answer))) return false;
+    auto theirs = rendered([&] { return program.render(messages, texts.begin, texts.end, true); });
+    const auto answered = rendered([&] { return program.render(whole, texts.begin, texts.end, false); });
+    if (theirs && !(answered && answered->starts_with(*theirs))) theirs.reset();
+    const auto prompt = rendered([&] { return ours.prompt(messages); });
+    if (prompt != theirs) return false;
+    if (!prompt) continue;
+    if (!answered->starts_with(*prompt + ours.response(messages, answer))) return false;
     compared = true;
   }
   return compared;

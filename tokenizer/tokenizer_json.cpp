@@ -221,11 +221,13 @@ Json parse(const std::filesystem::path& file) {
 }  // namespace
 
 std::string read_text_file(const std::filesystem::path& file) {
+  std::error_code error;
+  const auto size = std::filesystem::file_size(file, error);
+  std::string text(error ? 0 : size, '\0');
   std::ifstream in(file, std::ios::binary);
-  std::ostringstream text;
-  if (in) text << in.rdbuf();
-  if (!in || !text) fail(file.string(), ": cannot be read; check that it exists and may be read");
-  return std::move(text).str();
+  if (error || !in || !in.read(text.data(), static_cast<std::streamsize>(size)))
+    fail(file.string(), ": cannot be read; check that it exists and may be read");
+  return text;
 }
 
 Pipeline read_tokenizer_json(const std::filesystem::path& file) {
