@@ -97,8 +97,9 @@ const std::set<std::string>& harmless_fields() {
 }
 
 void Fields::refuse_the_rest() const {
+  // Null says nothing, and a leading underscore is how transformers marks what is its own bookkeeping.
   for (const auto& [key, value] : json_.items())
-    if (!taken_.contains(key) && !harmless_fields().contains(key))
+    if (!taken_.contains(key) && !harmless_fields().contains(key) && !value.is_null() && !key.starts_with('_'))
       fail(where_, ": the field ", key, " (", brief(value), ") is not known to this trainer and may change what the model computes; remove it if it does not");
 }
 
