@@ -1,0 +1,81 @@
+// Tiny Llama folders written by the tests that read them.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "src/arena.h"
+#include "src/backend.h"
+#include "src/family.h"
+#include "src/files.h"
+#include "src/model.h"
+#include "src/rng.h"
+
+namespace orpo::test {
+
+// A config.json of 2 layers with biases, grouped queries and heads of odd count; `more` are further fields, each ending in a comma.
+inline std::string llama_json(const std::string& more = "") {
+  return "{" + more + R"("architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 12,
+    "intermediate_size": 17, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6,
+    "attention_bias": true, "mlp_bias": true, "max_position_embeddings": 64, "rms_norm_eps": 1e-05, "torch_dtype": "bfloat16"})";
+}
+
+// Weights on a CPU backend, filled from a seed with values of about 0.1 that bf16 cannot hold.
+class FilledWeights {
+ public:
+  FilledWeights(const Config& config, DType dtype, uint32_t seed, int threads = 2)
+      : config(config), backend(make_cpu_backend(threads)), memory("weights", *backend, config.parameters() * dtype_bytes(dtype) + (1 << 14)),
+        weights(Weights::allocate(config, dtype, memory)) {
+    fill(seed);
+  }
+  void fill(uint32_t seed) {
+    uint32_t number = seed * 1000;
+    for (const Parameter& p : parameters(config, weights)) {
+      const Random random(1, RandomStream::test, number++);
+      std::vector<float> values(p.tensor.elements());
+      for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(0.1 * random.normal(i));
+      set(p.tensor, values);
+    }
+  }
+  void set(const Tensor& t, const std::vector<float>& values) {
+    const Tensor wide(backend->allocate(t.elements() * 4), DType::f32, {t.elements()});
+    backend->upload(wide, values.data());
+    backend->convert(t, wide);
+    backend->release(wide.data, wide.bytes());
+  }
+  // Everything, parameter after parameter, as it lies in memory.
+  std::string bytes() const {
+    std::string all;
+    for (const Parameter& p : parameters(config, weights)) {
+      std::string part(p.tensor.bytes(), '\0');
+      backend->download(part.data(), p.tensor);
+      all += part;
+    }
+    return all;
+  }
+
+  Config config;
+  std::unique_ptr<Backend> backend;
+  Arena memory;
+  Weights weights;
+};
+
+// The one line that body() ends with.
+template <class Error> std::string error_line(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  FAIL("no error");
+  return "";
+}
+
+inline bool holds(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+}  // namespace orpo::test
