@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "src/fail.h"
+#include "tokenizer/jinja_lexer.h"
 #include "tokenizer/jinja_value.h"
 
 namespace orpo::jinja {
@@ -27,89 +28,6 @@ struct Env {
 using Expression = std::function<Value(Env&)>;
 using Statement = std::function<void(Env&, std::string&)>;
 using Statements = std::vector<Statement>;
-
-// Text between tags, or what stands in a tag.
-struct Token {
-  enum Kind { text, print, block } kind;
-  std::string content;
-};
-
-std::vector<Token> cut(std::string text) {
-  if (text.ends_with('\n')) text.pop_back();
-  std::vector<Token> out;
-  size_t at = 0;
-  bool trim = false, trim_newline = false;  // what the tag before asks of the text that follows
-  while (true) {
-    size_t open = at;
-    while (open + 1 < text.size() && !(text[open] == '{' && (text[open + 1] == '{' || text[open + 1] == '%' || text[open + 1] == '#'))) ++open;
-    const bool end = open + 1 >= text.size();
-    std::string piece = text.substr(at, end ? std::string::npos : open - at);
-    if (trim) piece.erase(0, piece.find_first_not_of(" \t\r\n\v\f"));
-    else if (trim_newline && piece.starts_with('\n')) piece.erase(0, 1);
-    if (!end) {
-      const char kind = text[open + 1], sign = open + 2 < text.size() ? text[open + 2] : ' ';
-      if (sign == '-') {
-        piece.erase(piece.find_last_not_of(" \t\r\n\v\f") + 1);
-      } else if (kind != '{' && sign != '+') {  // lstrip_blocks: a tag may stand indented on its line
-        const size_t line = text.rfind('\n', open) == std::string::npos || open == 0 ? 0 : text.rfind('\n', open) + 1;
-        if (text.find_first_not_of(" \t", line) == open) piece.erase(piece.find_last_not_of(" \t") + 1);
-      }
-    }
-    if (!piece.empty()) out.push_back({Token::text, piece});
-    if (end) return out;
-    const std::string closing = text[open + 1] == '{' ? "}}" : text[open + 1] == '%' ? "%}" : "#}";
-    size_t close = open + 2;
-    for (char quote = 0; close < text.size() && (quote || text.compare(close, 2, closing) != 0); ++close) {
-      if (closing == "#}") continue;
-      if (quote && text[close] == '\\') ++close;
-      else if (quote) quote = text[close] == quote ? 0 : quote;
-      else if (text[close] == '\'' || text[close] == '"') quote = text[close];
-    }
-    if (close >= text.size()) fail("a chat template has a tag without an end");
-    std::string inside = text.substr(open + 2, close - open - 2);
-    trim = inside.ends_with('-');
-    trim_newline = closing != "}}" && !inside.ends_with('+');
-    if (trim || inside.ends_with('+')) inside.pop_back();
-    if (inside.starts_with('-') || inside.starts_with('+')) inside.erase(0, 1);
-    if (closing != "#}") out.push_back({closing == "}}" ? Token::print : Token::block, inside});
-    at = close + 2;
-  }
-}
-
-// Words of a tag: names, numbers, texts (led by a quote), operators.
-std::vector<std::string> words_of(const std::string& tag) {
-  std::vector<std::string> words;
-  for (size_t i = 0; i < tag.size();) {
-    const char c = tag[i];
-    if (std::isspace(static_cast<unsigned char>(c))) {
-      ++i;
-    } else if (c == '\'' || c == '"') {
-      std::string text = "'";
-      for (++i; i < tag.size() && tag[i] != c; ++i) {
-        if (tag[i] != '\\' || i + 1 >= tag.size()) {
-          text += tag[i];
-          continue;
-        }
-        const char escaped = tag[++i];
-        const size_t known = std::string_view("ntr\\'\"").find(escaped);
-        if (known == std::string_view::npos) fail("a chat template has the escape \\", escaped, ", which is not supported");
-        text += "\n\t\r\\'\""[known];
-      }
-      ++i;
-      words.push_back(text);
-    } else if (std::isalnum(static_cast<unsigned char>(c)) || c == '_') {
-      const size_t begin = i;
-      while (i < tag.size() && (std::isalnum(static_cast<unsigned char>(tag[i])) || tag[i] == '_')) ++i;
-      words.push_back(tag.substr(begin, i - begin));
-    } else {
-      const std::string two = tag.substr(i, 2);
-      const bool pair = two == "==" || two == "!=" || two == "<=" || two == ">=" || two == "//";
-      words.push_back(pair ? two : std::string(1, c));
-      i += words.back().size();
-    }
-  }
-  return words;
-}
 
 // Recursive descent over one tag's words, into closures.
 class Parser {
@@ -144,6 +62,8 @@ class Parser {
     --depth_;
     return value;
   }
+
+  Expression choice() { return either(); }  // an expression that an "if" may follow
 
  private:
   Expression either() {
@@ -241,6 +161,7 @@ class Parser {
     std::vector<Expression> args;
     while (!accept(")")) {
       args.push_back(expression());
+      if (accept("=")) args.back() = [value = expression()](Env&) -> Value { fail("a chat template passes an argument by name"); };
       if (peek() != ")") need(",");
     }
     return args;
@@ -402,14 +323,24 @@ class Builder {
 
   Statement loop(Parser& p) {
     const std::string name = p.take();
+    const bool pairs = p.accept(",") && !p.take().empty();
     p.need("in");
-    Expression items = p.expression();
+    Expression items = p.choice(), wanted = [](Env&) { return Value{true}; };
+    if (p.accept("if")) wanted = p.expression();
     p.finish();
     Parser closer("");
     Statements each = body({"endfor"}, &closer);
-    return [name, items, each](Env& e, std::string& out) {
-      const Value all = items(e);
+    return [name, pairs, items, wanted, each](Env& e, std::string& out) {
+      if (pairs) fail("a chat template loops over pairs");
+      Value all = items(e);
       if (!all.list()) fail("a chat template loops over what is no list");
+      List chosen;
+      for (const Value& item : *all.list()) {
+        e.scopes.push_back({{name, item}});
+        if (truth(wanted(e))) chosen.push_back(item);
+        e.scopes.pop_back();
+      }
+      all = make_list(std::move(chosen));
       const int64_t size = static_cast<int64_t>(all.list()->size());
       for (int64_t i = 0; i < size; ++i) {
         e.step();

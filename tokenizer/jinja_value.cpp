@@ -84,6 +84,12 @@ Value call(const std::string& name, const Value& self, const List& args) {
   if (name == "first") return attribute(self, {int64_t{0}});
   if (name == "last") return attribute(self, {int64_t{-1}});
   if (name == "list" && self.list()) return self;
+  if (name == "selectattr" && self.list() && args.size() == 3 && (args[1].text() == "equalto" || args[1].text() == "==")) {
+    List chosen;
+    for (const Value& item : *self.list())
+      if (equal(attribute(item, args[0]), args[2])) chosen.push_back(item);
+    return make_list(std::move(chosen));
+  }
   if (name == "get" && self.dict()) {
     const Value found = attribute(self, first_of(args));
     return found.defined() ? found : args.size() > 1 ? args[1] : Value{None{}};

@@ -50,7 +50,8 @@ struct InstForm {
   std::string name;
   System system;
   bool begin_each;     // begin-of-sequence before every user turn, not only the first
-  bool strip;          // contents are stripped
+  bool strip_user;     // contents are stripped, by role
+  bool strip_answer;
   std::string close;   // after the user's text
   std::string before;  // before and after the answer; what follows the end-of-sequence token
   std::string after;
@@ -81,17 +82,17 @@ class InstTemplate : public ChatTemplate {
       if (has_system && form_.system == InstForm::sys_tags && i == first)
         text = "<<SYS>>\n" + messages[0].content + "\n<</SYS>>\n\n" + text;
       if (has_system && form_.system == InstForm::before_first && i == first) text = messages[0].content + "\n\n" + text;
-      out += (form_.begin_each ? texts_.begin : "") + "[INST] " + content(text) + form_.close;
+      out += (form_.begin_each ? texts_.begin : "") + "[INST] " + content(text, form_.strip_user) + form_.close;
     }
     return out;
   }
 
   std::string response(const std::vector<Message>&, std::string_view answer) const override {
-    return form_.before + content(answer) + form_.after + texts_.end;
+    return form_.before + content(answer, form_.strip_answer) + form_.after + texts_.end;
   }
 
  private:
-  std::string content(std::string_view text) const { return std::string(form_.strip ? jinja::strip(text) : text); }
+  static std::string content(std::string_view text, bool strip) { return std::string(strip ? jinja::strip(text) : text); }
 
   InstForm form_;
   SpecialTexts texts_;
@@ -122,10 +123,11 @@ std::string list_of_names() {
   return out;
 }
 
-InstForm llama2_form() { return {"llama-2", InstForm::sys_tags, true, true, " [/INST]", " ", " ", ""}; }
+InstForm llama2_form() { return {"llama-2", InstForm::sys_tags, true, true, true, " [/INST]", " ", " ", ""}; }
 
-InstForm mistral_form(InstForm::System system, bool space_close, bool space_before, bool space_between) {
-  return {"mistral", system, false, false, space_close ? " [/INST]" : "[/INST]", space_before ? " " : "", "", space_between ? " " : ""};
+// Mistral's, by its spaces: before [/INST], before the answer, between turns; and whether the answer is stripped.
+InstForm mistral_form(InstForm::System system, bool close, bool before, bool between, bool strip) {
+  return {"mistral", system, false, false, strip, close ? " [/INST]" : "[/INST]", before ? " " : "", "", between ? " " : ""};
 }
 
 using Template = std::unique_ptr<ChatTemplate>;
@@ -154,8 +156,8 @@ std::vector<Template> forms(const jinja::Program& program, const SpecialTexts& t
   out.push_back(std::make_unique<TurnTemplate>(TurnTemplate::llama3, texts));
   out.push_back(std::make_unique<InstTemplate>(llama2_form(), texts));
   for (const auto place : {InstForm::refused, InstForm::before_first})
-    for (int spaces = 0; spaces < 8; ++spaces)
-      out.push_back(std::make_unique<InstTemplate>(mistral_form(place, spaces & 1, spaces & 2, spaces & 4), texts));
+    for (int bits = 0; bits < 16; ++bits)
+      out.push_back(std::make_unique<InstTemplate>(mistral_form(place, bits & 1, bits & 2, bits & 4, bits & 8), texts));
   out.push_back(std::make_unique<TextTemplate>(true, texts));
   return out;
 }
@@ -212,7 +214,7 @@ std::unique_ptr<ChatTemplate> make_template(const std::string& name, const Speci
   if (name == "zephyr" || name == "llama-2" || name == "mistral" || name == "plain") needs_end();
   if (name == "zephyr") return std::make_unique<TurnTemplate>(TurnTemplate::zephyr, texts);
   if (name == "llama-2") return std::make_unique<InstTemplate>(llama2_form(), texts);
-  if (name == "mistral") return std::make_unique<InstTemplate>(mistral_form(InstForm::refused, true, false, false), texts);
+  if (name == "mistral") return std::make_unique<InstTemplate>(mistral_form(InstForm::refused, true, false, false, false), texts);
   if (name == "plain") return std::make_unique<TextTemplate>(true, texts);
   fail("--template ", name, ": no such template; choose one of ", list_of_names());
 }

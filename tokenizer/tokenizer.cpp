@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "src/fail.h"
+#include "src/files.h"
 #include "tokenizer/pipeline.h"
 #include "tokenizer/template.h"
 
@@ -188,16 +189,13 @@ std::optional<int32_t> id_in(const Json& json, const char* name) {
 }
 
 uint64_t hash_files(const fs::path& folder) {
-  uint64_t hash = 0xCBF29CE484222325u;  // FNV-1a
-  const auto mix = [&](std::string_view text) {
-    for (const unsigned char c : text) hash = (hash ^ c) * 0x100000001B3u;
-  };
+  Hasher hash;
   for (const char* name : {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
                            "special_tokens_map.json", "generation_config.json", "config.json"}) {
-    mix(name);
-    if (fs::exists(folder / name)) mix(read_text_file(folder / name));
+    hash.add(bytes_of(name));
+    if (fs::exists(folder / name)) hash.add(MappedFile(folder / name).bytes());
   }
-  return hash;
+  return hash.value();
 }
 
 std::unique_ptr<Tokenizer> load_sentencepiece(const fs::path& file, const Settings& s, Kind kind,

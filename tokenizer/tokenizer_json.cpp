@@ -1,9 +1,9 @@
 // Reads tokenizer.json into a Pipeline. What it does not know and would change ids is an error that names it.
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "src/fail.h"
+#include "src/files.h"
 #include "tokenizer/pipeline.h"
 
 namespace orpo {
@@ -220,15 +220,7 @@ Json parse(const std::filesystem::path& file) {
 
 }  // namespace
 
-std::string read_text_file(const std::filesystem::path& file) {
-  std::error_code error;
-  const auto size = std::filesystem::file_size(file, error);
-  std::string text(error ? 0 : size, '\0');
-  std::ifstream in(file, std::ios::binary);
-  if (error || !in || !in.read(text.data(), static_cast<std::streamsize>(size)))
-    fail(file.string(), ": cannot be read; check that it exists and may be read");
-  return text;
-}
+std::string read_text_file(const std::filesystem::path& file) { return std::string(MappedFile(file).text()); }
 
 Pipeline read_tokenizer_json(const std::filesystem::path& file) {
   const Place place{file.string(), ""};

@@ -73,7 +73,7 @@ def strings_of(value):
 def build_encoder():
     binary = ROOT / "build" / "tools" / "encode"
     binary.parent.mkdir(parents=True, exist_ok=True)
-    sources = [str(ROOT / "tools" / "encode.cpp"), *map(str, sorted((ROOT / "tokenizer").glob("*.cpp")))]
+    sources = [str(ROOT / "tools" / "encode.cpp"), str(ROOT / "src" / "files.cpp"), *map(str, sorted((ROOT / "tokenizer").glob("*.cpp")))]
     newest = max(os.path.getmtime(s) for s in [*sources, *map(str, (ROOT / "tokenizer").iterdir())])
     if not binary.exists() or binary.stat().st_mtime < newest:
         subprocess.run(["g++", "-std=c++20", "-O2", "-march=native", f"-I{ROOT}", *sources, "-lsentencepiece", "-lpcre2-8", "-o", str(binary)], check=True)
