@@ -45,7 +45,7 @@ template <class Body>
 void each_device(Body&& body) {
   for (const Device& device : devices())
     for (DType dtype : device.dtypes) {
-      INFO(device.name, " ", dtype_name(dtype));
+      INFO(device.name, " ", std::string(dtype_name(dtype)));
       const auto backend = device.make();
       body(*backend, dtype);
     }
@@ -64,6 +64,30 @@ template <class T> struct SumOf { using type = float; };
 template <> struct SumOf<double> { using type = double; };
 template <> struct SumOf<long double> { using type = long double; };
 template <class T> using Sum = typename SumOf<T>::type;
+
+// A sum as a T: a naive implementation stores every intermediate tensor in its dtype.
+template <class T>
+T to(Sum<T> value) {
+  return T(value);
+}
+
+// ---- refusals
+
+// The operation throws a MachineError that names it and holds these words.
+template <class Body>
+void check_refuses(Body&& body, const std::string& operation, const std::string& words = "") {
+  try {
+    body();
+  } catch (const MachineError& e) {
+    const std::string text = e.what();
+    INFO(text);
+    CHECK(text.rfind(operation + ": needs ", 0) == 0);
+    CHECK(text.find(words) != std::string::npos);
+    CHECK(text.find('\n') == std::string::npos);
+    return;
+  }
+  FAIL_CHECK(operation, " accepted what it must refuse");
+}
 
 // ---- values
 
@@ -175,11 +199,12 @@ inline double largest(const Values& a) {
 inline double spacing(DType dtype) { return dtype == DType::f64 ? 0x1p-52 : dtype == DType::f32 ? 0x1p-23 : 0x1p-7; }
 
 // The error against a reference of higher precision is at most k times that of a naive implementation in the same precision. A naive result can be
-// exact by luck, so two spacings of dtype at the largest reference value are always allowed.
-inline void check_close(const char* what, const Values& actual, const Values& naive, const Values& reference, DType dtype, double k = 2) {
+// exact by luck, so some spacings of dtype at the largest reference value are always allowed.
+inline void check_close(const char* what, const Values& actual, const Values& naive, const Values& reference, DType dtype, double k = 2,
+                        double spacings = 2) {
   const double error = largest_error(actual, reference), naive_error = largest_error(naive, reference);
-  const double allowed = k * naive_error + 2 * spacing(dtype) * largest(reference);
-  INFO(what, ": error ", error, ", naive error ", naive_error, ", allowed ", allowed);
+  const double allowed = k * naive_error + spacings * spacing(dtype) * largest(reference);
+  INFO(std::string(what), ": error ", error, ", naive error ", naive_error, ", allowed ", allowed);
   CHECK(error <= allowed);
 }
 
@@ -202,7 +227,7 @@ inline void check_gradient(const char* what, Values& x, const Values& analytic, 
     const double error = std::abs(slope - analytic[i]) / scale;
     if (!(error <= worst)) worst = error, where = i;
   }
-  INFO(what, ": entry ", where, " off by ", worst, " of the largest");
+  INFO(std::string(what), ": entry ", where, " off by ", worst, " of the largest");
   CHECK(worst <= tolerance);
 }
 

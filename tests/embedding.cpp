@@ -1,0 +1,53 @@
+#include "tests/check.h"
+
+using namespace orpo;
+using namespace orpo::test;
+
+namespace {
+
+constexpr int64_t rows = 97, vocab = 123, width = 37;
+
+// Few tokens come often, so that rows of equal tokens must be added.
+Values tokens() {
+  Values t = random_values(rows, 3, 0, 1);
+  for (double& v : t) v = std::floor(v * v * vocab);
+  return t;
+}
+
+}  // namespace
+
+TEST_CASE("embedding: forward copies rows, backward adds them in order") {
+  each_device([](Backend& backend, DType dtype) {
+    const Values table = rounded(random_values(vocab * width, 1), dtype), dout = rounded(random_values(rows * width, 2), dtype), ids = tokens();
+    DeviceTensor weight(backend, dtype, {vocab, width}, table), out(backend, dtype, {rows, width}), token(backend, DType::i32, {rows}, ids);
+    backend.embedding_forward(out, weight, token);
+    Values expected;
+    for (double id : ids) expected.insert(expected.end(), table.begin() + int64_t(id) * width, table.begin() + int64_t(id) * width + width);
+    CHECK(out.values() == expected);
+
+    const DType sums = accumulation_dtype(dtype);
+    const Values before = rounded(random_values(vocab * width, 4), sums);
+    DeviceTensor dweight(backend, sums, {vocab, width}, before), gradient(backend, dtype, {rows, width}, dout);
+    backend.embedding_backward(dweight, gradient, token);
+    Values added = before;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < width; ++i) {
+        double& to = added[static_cast<size_t>(int64_t(ids[r]) * width + i)];
+        to = rounded(to + dout[r * width + i], sums);
+      }
+    CHECK(dweight.values() == added);
+  });
+}
+
+TEST_CASE("embedding: refuses tokens and shapes it cannot look up") {
+  each_device([](Backend& backend, DType dtype) {
+    DeviceTensor weight(backend, dtype, {vocab, width}), out(backend, dtype, {2, width}), narrow(backend, dtype, {2, width - 1});
+    DeviceTensor dweight(backend, accumulation_dtype(dtype), {vocab, width}), good(backend, DType::i32, {2}), three(backend, DType::i32, {3});
+    DeviceTensor high(backend, DType::i32, {2}, Values{0, vocab}), low(backend, DType::i32, {2}, Values{0, -1});
+    check_refuses([&] { backend.embedding_forward(out, weight, high); }, "embedding_forward", "token 1 is 123 of 123");
+    check_refuses([&] { backend.embedding_backward(dweight, out, low); }, "embedding_backward", "token 1 is -1");
+    check_refuses([&] { backend.embedding_forward(narrow, weight, good); }, "embedding_forward", "[123, 36]");
+    check_refuses([&] { backend.embedding_forward(out, weight, three); }, "embedding_forward", "[3] int32");
+    check_refuses([&] { backend.embedding_backward(weight, narrow, good); }, "embedding_backward", "table");
+  });
+}
