@@ -1,4 +1,5 @@
-// Token ids against Hugging Face's, on small tokenizers of every kind (tests/fixtures/tokenizer_*, tools/make_tokenizer_fixtures.py).
+// Token ids against Hugging Face's, on small tokenizers of every kind (tests/fixtures/tokenizer_*,
+// tools/make_tokenizer_fixtures.py).
 #include <doctest/doctest.h>
 
 #include <fstream>
@@ -50,7 +51,8 @@ TEST_CASE("token ids, decoded text and special tokens are those of Hugging Face"
 
 TEST_CASE("one tokenizer serves many threads, and a thread many tokenizers") {
   const Json all = cases();
-  const auto one = Tokenizer::load(fixtures / "tokenizer_qwen2"), other = Tokenizer::load(fixtures / "tokenizer_digits");
+  const auto one = Tokenizer::load(fixtures / "tokenizer_qwen2"),
+             other = Tokenizer::load(fixtures / "tokenizer_digits");
   std::vector<std::vector<int32_t>> alone, alone_other;
   for (const Json& text : all["texts"]) {
     alone.push_back(one->encode(text.get<std::string>()));
@@ -73,7 +75,8 @@ TEST_CASE("one tokenizer serves many threads, and a thread many tokenizers") {
 
 TEST_CASE("invalid UTF-8 is encoded byte by byte and comes back as replacement characters") {
   const std::string broken = "a\xff\xfe b\xe4\xbd \xed\xa0\x80 c\xf0\x9f\x98";
-  for (const char* folder : {"tokenizer_gpt2", "tokenizer_qwen2", "tokenizer_flags", "tokenizer_prepend", "tokenizer_pieces_first", "tokenizer_unigram"}) {
+  for (const char* folder : {"tokenizer_gpt2", "tokenizer_qwen2", "tokenizer_flags", "tokenizer_prepend",
+                             "tokenizer_pieces_first", "tokenizer_unigram"}) {
     CAPTURE(folder);
     const auto tokenizer = Tokenizer::load(fixtures / folder);
     const auto ids = tokenizer->encode(broken);
@@ -83,8 +86,8 @@ TEST_CASE("invalid UTF-8 is encoded byte by byte and comes back as replacement c
 }
 
 TEST_CASE("long words are joined as short ones are") {
-  // The same symbols go through the scan (up to 64) and the queue (more): a long word of equal parts that do not join with each other
-  // gives the part's ids again and again.
+  // The same symbols go through the scan (up to 64) and the queue (more): a long word of equal parts that do not join
+  // with each other gives the part's ids again and again.
   BpeFiles files;
   const char* tokens[] = {"a", "b", "c", "ab", "abc", "bc"};
   for (int i = 0; i < 6; ++i) files.vocabulary[tokens[i]] = i;
@@ -137,7 +140,11 @@ TEST_CASE("broken tokenizer files give one line that names the file and the plac
   CHECK(has(with([](Json& j) { j["model"]["unk_token"] = "<none>"; }), "<none>"));
   CHECK(has(with([](Json& j) { j["normalizer"] = {{"type", "Lowercase"}}; }), "the normalizer Lowercase"));
   CHECK(has(with([](Json& j) { j["pre_tokenizer"] = {{"type", "BertPreTokenizer"}}; }), "BertPreTokenizer"));
-  CHECK(has(with([](Json& j) { j["pre_tokenizer"]["pretokenizers"][0] = {{"type", "Split"}, {"pattern", {{"Regex", "("}}}, {"behavior", "Isolated"}}; }), "does not compile"));
+  CHECK(has(with([](Json& j) {
+              j["pre_tokenizer"]["pretokenizers"][0] = {
+                  {"type", "Split"}, {"pattern", {{"Regex", "("}}}, {"behavior", "Isolated"}};
+            }),
+            "does not compile"));
   CHECK(has(with([](Json& j) { j["added_tokens"][0].erase("content"); }), "added_tokens[0]"));
   CHECK(has(with([](Json& j) { j["added_tokens"][0]["lstrip"] = 1; }), "added_tokens[0].lstrip: expected a boolean"));
   fs::remove(folder.path() / "tokenizer.json");

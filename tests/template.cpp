@@ -1,4 +1,5 @@
-// Chat templates against what transformers renders from Jinja (tests/fixtures/template_cases.json, tools/make_template_fixtures.py).
+// Chat templates against what transformers renders from Jinja (tests/fixtures/template_cases.json,
+// tools/make_template_fixtures.py).
 #include "tokenizer/template.h"
 
 #include <doctest/doctest.h>
@@ -68,7 +69,8 @@ TEST_CASE("templates by name") {
   const auto none = make_template("none", texts);
   CHECK(none->prompt(dialogue) == "How are you?");
   CHECK(none->response(dialogue, "Fine.") == "Fine.");
-  CHECK_THROWS_WITH_AS(make_template("nope", texts), doctest::Contains("chatml, zephyr, llama-2, llama-3, mistral, plain, none"), UserError);
+  CHECK_THROWS_WITH_AS(make_template("nope", texts),
+                       doctest::Contains("chatml, zephyr, llama-2, llama-3, mistral, plain, none"), UserError);
   CHECK_THROWS_WITH_AS(make_template("zephyr", {"<s>", ""}), doctest::Contains("eos_token"), UserError);
 }
 
@@ -77,9 +79,11 @@ TEST_CASE("a model folder's own template") {
   const std::string chatml = all["templates"][1]["jinja"], unknown = all["unknown"][0];
   const TemporaryFolder folder;
   const std::vector<Message> dialogue = {{"user", "Hi"}};
-  const std::string with_system = "<|im_start|>system\nYou answer kindly.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+  const std::string with_system =
+      "<|im_start|>system\nYou answer kindly.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
   const auto configure = [&](const Json& chat_template) {
-    std::ofstream(folder.path() / "tokenizer_config.json") << Json{{"eos_token", "<end>"}, {"chat_template", chat_template}}.dump();
+    std::ofstream(folder.path() / "tokenizer_config.json")
+        << Json{{"eos_token", "<end>"}, {"chat_template", chat_template}}.dump();
   };
   CHECK(!choose_template("", folder.path()));
   configure(chatml);
@@ -90,7 +94,8 @@ TEST_CASE("a model folder's own template") {
   CHECK(choose_template("", folder.path())->prompt(dialogue) == with_system);
   configure(unknown);
   CHECK_THROWS_WITH_AS(choose_template("", folder.path()), doctest::Contains("--template: chatml, zephyr"), UserError);
-  CHECK(choose_template("chatml", folder.path())->prompt(dialogue) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+  CHECK(choose_template("chatml", folder.path())->prompt(dialogue) ==
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
   configure(5);
   CHECK_THROWS_WITH_AS(choose_template("", folder.path()), doctest::Contains("chat_template"), UserError);
   std::ofstream(folder.path() / "chat_template.jinja") << chatml;  // counts before the settings

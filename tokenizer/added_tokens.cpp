@@ -66,10 +66,8 @@ void AddedTokens::set(AddedToken token) {
   if (token.content.empty()) return;
   const auto [place, fresh] = by_content_.try_emplace(token.content, tokens_.size());
   by_id_[token.id] = place->second;
-  if (fresh)
-    tokens_.push_back(std::move(token));
-  else
-    tokens_[place->second] = std::move(token);
+  if (fresh) tokens_.push_back(std::move(token));
+  else tokens_[place->second] = std::move(token);
 }
 
 void AddedTokens::finish(const std::function<std::string(std::string_view)>& normalize) {

@@ -1,5 +1,5 @@
-// Added tokens: texts that become one id wherever they stand, before any other rule sees them (special tokens among them).
-// Reference: AddedVocabulary of the Hugging Face tokenizers library.
+// Added tokens: texts that become one id wherever they stand, before any other rule sees them (special tokens among
+// them). Reference: AddedVocabulary of the Hugging Face tokenizers library.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ struct AddedToken {
   bool rstrip = false;       // and on its right
   bool normalized = true;    // looked for in the normalised text, by its own normalised form
   bool special = false;      // left out by decode(skip_special)
-  std::string pattern;       // what is looked for, and what decoding spells: the content, normalised where that is asked
+  std::string pattern;  // what is looked for, and what decoding spells: the content, normalised where that is asked
 };
 
 // A stretch of text: an added token, or text for the model (token == nullptr).

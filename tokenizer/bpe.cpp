@@ -159,8 +159,9 @@ inline const Bpe::Merge* Bpe::merge(int32_t left, int32_t right) const {
   }
 }
 
-// A word's bytes or characters as ids. Unknown ones: their bytes, else unk_token (a run of them once, with fuse_unknown), else nothing.
-// The unknown token is held back until the next known symbol, past bytes that fall back, in the order in which the library writes them.
+// A word's bytes or characters as ids. Unknown ones: their bytes, else unk_token (a run of them once, with
+// fuse_unknown), else nothing. The unknown token is held back until the next known symbol, past bytes that fall back,
+// in the order in which the library writes them.
 void Bpe::symbols(std::string_view word, std::vector<int32_t>& out) const {
   bool pending = false;
   const auto put_pending = [&] {
@@ -266,7 +267,8 @@ void Bpe::encode(std::string_view word, std::vector<int32_t>& ids) const {
   const bool short_word = word.size() <= WordCache::longest;
   const uint64_t hash = short_word ? WordCache::hash(word) : 0;
   if (short_word)
-    if (const auto [known, count] = cache.find(word, hash); known) return void(ids.insert(ids.end(), known, known + count));
+    if (const auto [known, count] = cache.find(word, hash); known)
+      return void(ids.insert(ids.end(), known, known + count));
 
   const size_t from = ids.size();
   const auto whole = files_.ignore_merges ? words_.find(word) : words_.end();

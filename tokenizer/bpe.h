@@ -1,7 +1,7 @@
-// Byte pair encoding: one word to token ids, by joining neighbours in the order of a merge table (Sennrich et al., arXiv 1508.07909).
-// Byte-level (GPT-2): symbols are bytes, spelled as printable characters in the vocabulary. Character level (Llama-2, Mistral):
-// symbols are characters; one that the vocabulary lacks becomes its bytes, <0x00> to <0xFF>. Reference: models/bpe of the
-// Hugging Face tokenizers library, whose ids it gives.
+// Byte pair encoding: one word to token ids, by joining neighbours in the order of a merge table (Sennrich et al.,
+// arXiv 1508.07909). Byte-level (GPT-2): symbols are bytes, spelled as printable characters in the vocabulary.
+// Character level (Llama-2, Mistral): symbols are characters; one that the vocabulary lacks becomes its bytes, <0x00>
+// to <0xFF>. Reference: models/bpe of the Hugging Face tokenizers library, whose ids it gives.
 #pragma once
 
 #include <array>
@@ -46,7 +46,7 @@ class WordCache {
  private:
   struct Slot {
     uint64_t hash;
-    uint32_t text, ids;  // offsets
+    uint32_t text, ids;    // offsets
     uint16_t size, count;  // size 0: free
   };
   static constexpr size_t slots = 1 << 16;
@@ -71,8 +71,8 @@ class Bpe : public WordModel {
 
   void encode(std::string_view word, std::vector<int32_t>& ids) const override;
   const TextToId& vocabulary() const { return files_.vocabulary; }
-  // Character level: nothing ever joins over the border between another character and a following U+2581 (the space), so
-  // that a text may be cut there into words without changing ids.
+  // Character level: nothing ever joins over the border between another character and a following U+2581 (the space),
+  // so that a text may be cut there into words without changing ids.
   bool cuts_at_spaces() const { return cuts_at_spaces_; }
 
  private:

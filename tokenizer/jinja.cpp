@@ -68,12 +68,20 @@ class Parser {
  private:
   Expression either() {
     Expression a = both();
-    while (accept("or")) a = [a, b = both()](Env& e) { Value v = a(e); return truth(v) ? v : b(e); };
+    while (accept("or"))
+      a = [a, b = both()](Env& e) {
+        Value v = a(e);
+        return truth(v) ? v : b(e);
+      };
     return a;
   }
   Expression both() {
     Expression a = negation();
-    while (accept("and")) a = [a, b = negation()](Env& e) { Value v = a(e); return truth(v) ? b(e) : v; };
+    while (accept("and"))
+      a = [a, b = negation()](Env& e) {
+        Value v = a(e);
+        return truth(v) ? b(e) : v;
+      };
     return a;
   }
   Expression negation() {
@@ -161,7 +169,8 @@ class Parser {
     std::vector<Expression> args;
     while (!accept(")")) {
       args.push_back(expression());
-      if (accept("=")) args.back() = [value = expression()](Env&) -> Value { fail("a chat template passes an argument by name"); };
+      if (accept("="))
+        args.back() = [value = expression()](Env&) -> Value { fail("a chat template passes an argument by name"); };
       if (peek() != ")") need(",");
     }
     return args;
@@ -172,10 +181,8 @@ class Parser {
     while (true) {
       if (accept(".")) {
         const std::string name = take();
-        if (accept("("))
-          a = [a, name, args = arguments()](Env& e) { return call(name, a(e), values(args, e)); };
-        else
-          a = [a, name](Env& e) { return attribute(a(e), {name}); };
+        if (accept("(")) a = [a, name, args = arguments()](Env& e) { return call(name, a(e), values(args, e)); };
+        else a = [a, name](Env& e) { return attribute(a(e), {name}); };
       } else if (accept("[")) {
         Expression from = [](Env&) { return Value{}; }, to = from;
         if (peek() != ":") from = expression();
@@ -200,7 +207,8 @@ class Parser {
       while (peek()[0] == '\'') text += take().substr(1);
       return constant({text});
     }
-    if (std::isdigit(static_cast<unsigned char>(word[0])) && word.size() < 10) return constant({int64_t{std::atoll(word.c_str())}});
+    if (std::isdigit(static_cast<unsigned char>(word[0])) && word.size() < 10)
+      return constant({int64_t{std::atoll(word.c_str())}});
     if (word == "-") return [a = unit()](Env& e) { return Value{-number(a(e))}; };
     if (word == "true" || word == "True") return constant({true});
     if (word == "false" || word == "False") return constant({false});
@@ -218,15 +226,21 @@ class Parser {
       }
       return [items](Env& e) { return make_list(values(items, e)); };
     }
-    if (!std::isalpha(static_cast<unsigned char>(word[0])) && word[0] != '_') fail("a chat template has \"", word, "\", which is not supported there");
+    if (!std::isalpha(static_cast<unsigned char>(word[0])) && word[0] != '_')
+      fail("a chat template has \"", word, "\", which is not supported there");
     if (peek() == "(") return function(word);
-    return [word](Env& e) { e.step(); return e.get(word); };
+    return [word](Env& e) {
+      e.step();
+      return e.get(word);
+    };
   }
 
   Expression function(const std::string& name) {
     need("(");
     if (name == "raise_exception") {
-      return [args = arguments()](Env& e) -> Value { fail("the chat template refuses: ", args.empty() ? "" : print(args[0](e))); };
+      return [args = arguments()](Env& e) -> Value {
+        fail("the chat template refuses: ", args.empty() ? "" : print(args[0](e)));
+      };
     }
     if (name != "namespace") fail("a chat template calls ", name, ", which is not supported");
     std::vector<std::pair<std::string, Expression>> members;
@@ -257,7 +271,8 @@ class Builder {
  public:
   explicit Builder(std::vector<Token> tokens) : tokens_(std::move(tokens)) {}
 
-  // Up to one of the closing words, which is returned with what follows it in the tag; the end of the text where none is due.
+  // Up to one of the closing words, which is returned with what follows it in the tag; the end of the text where none
+  // is due.
   Statements body(const std::vector<std::string>& closing, Parser* closer = nullptr) {
     if (++depth_ > 50) fail("a chat template nests blocks too deeply");
     Statements out;
@@ -344,7 +359,8 @@ class Builder {
       const int64_t size = static_cast<int64_t>(all.list()->size());
       for (int64_t i = 0; i < size; ++i) {
         e.step();
-        Dict about{{"index0", {i}}, {"index", {i + 1}}, {"first", {i == 0}}, {"last", {i + 1 == size}}, {"length", {size}}};
+        Dict about{
+            {"index0", {i}}, {"index", {i + 1}}, {"first", {i == 0}}, {"last", {i + 1 == size}}, {"length", {size}}};
         if (i > 0) about["previtem"] = (*all.list())[i - 1];
         if (i + 1 < size) about["nextitem"] = (*all.list())[i + 1];
         e.scopes.push_back({{name, (*all.list())[i]}, {"loop", make_dict(std::move(about))}});
@@ -365,17 +381,23 @@ struct Block {
   Statements statements;
 };
 
-Program::Program(const std::string& text) : body_(std::make_unique<Block>()) { body_->statements = Builder(cut(text)).body({}); }
+Program::Program(const std::string& text) : body_(std::make_unique<Block>()) {
+  body_->statements = Builder(cut(text)).body({});
+}
 
 Program::~Program() = default;
 
-std::string Program::render(const std::vector<Message>& messages, const std::string& bos_token, const std::string& eos_token,
-                            bool add_generation_prompt) const {
+std::string Program::render(const std::vector<Message>& messages, const std::string& bos_token,
+                            const std::string& eos_token, bool add_generation_prompt) const {
   List all;
   for (const Message& m : messages) all.push_back(make_dict({{"role", {m.role}}, {"content", {m.content}}}));
   Env e;
-  e.scopes.push_back({{"messages", make_list(std::move(all))}, {"bos_token", {bos_token}}, {"eos_token", {eos_token}},
-                      {"add_generation_prompt", {add_generation_prompt}}, {"tools", {None{}}}, {"documents", {None{}}}});
+  e.scopes.push_back({{"messages", make_list(std::move(all))},
+                      {"bos_token", {bos_token}},
+                      {"eos_token", {eos_token}},
+                      {"add_generation_prompt", {add_generation_prompt}},
+                      {"tools", {None{}}},
+                      {"documents", {None{}}}});
   e.scopes.emplace_back();
   std::string out;
   run(body_->statements, e, out);

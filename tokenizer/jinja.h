@@ -1,5 +1,6 @@
-// The part of Jinja that chat templates are written in, enough to run one on a probing conversation and see which it is. Training text never
-// comes from here: the named templates of template.h render it. Semantics: Jinja 3.1 as transformers sets it up (trim_blocks, lstrip_blocks).
+// The part of Jinja that chat templates are written in, enough to run one on a probing conversation and see which it
+// is. Training text never comes from here: the named templates of template.h render it. Semantics: Jinja 3.1 as
+// transformers sets it up (trim_blocks, lstrip_blocks).
 #pragma once
 
 #include <memory>

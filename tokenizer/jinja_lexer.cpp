@@ -14,7 +14,9 @@ std::vector<Token> cut(std::string text) {
   bool trim = false, trim_newline = false;  // what the tag before asks of the text that follows
   while (true) {
     size_t open = at;
-    while (open + 1 < text.size() && !(text[open] == '{' && (text[open + 1] == '{' || text[open + 1] == '%' || text[open + 1] == '#'))) ++open;
+    while (open + 1 < text.size() &&
+           !(text[open] == '{' && (text[open + 1] == '{' || text[open + 1] == '%' || text[open + 1] == '#')))
+      ++open;
     const bool end = open + 1 >= text.size();
     std::string piece = text.substr(at, end ? std::string::npos : open - at);
     if (trim) piece.erase(0, piece.find_first_not_of(" \t\r\n\v\f"));
@@ -64,7 +66,8 @@ std::vector<std::string> words_of(const std::string& tag) {
         }
         const char escaped = tag[++i];
         const size_t known = std::string_view("ntr\\'\"").find(escaped);
-        if (known == std::string_view::npos) fail("a chat template has the escape \\", escaped, ", which is not supported");
+        if (known == std::string_view::npos)
+          fail("a chat template has the escape \\", escaped, ", which is not supported");
         text += "\n\t\r\\'\""[known];
       }
       ++i;

@@ -12,7 +12,8 @@ struct Token {
   std::string content;
 };
 
-// The template's pieces, with the white space around tags that Jinja drops (-, trim_blocks, lstrip_blocks) already gone.
+// The template's pieces, with the white space around tags that Jinja drops (-, trim_blocks, lstrip_blocks) already
+// gone.
 std::vector<Token> cut(std::string text);
 // Words of a tag: names, numbers, texts (led by a quote), operators.
 std::vector<std::string> words_of(const std::string& tag);

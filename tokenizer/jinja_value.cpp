@@ -37,7 +37,8 @@ int64_t number(const Value& a) {
 bool equal(const Value& a, const Value& b) {
   if (a.as<std::string>() && b.as<std::string>()) return a.text() == b.text();
   if ((a.as<int64_t>() || a.as<bool>()) && (b.as<int64_t>() || b.as<bool>())) return number(a) == number(b);
-  if (a.list() && b.list()) return std::equal(a.list()->begin(), a.list()->end(), b.list()->begin(), b.list()->end(), equal);
+  if (a.list() && b.list())
+    return std::equal(a.list()->begin(), a.list()->end(), b.list()->begin(), b.list()->end(), equal);
   return (a.as<None>() && b.as<None>()) || (!a.defined() && !b.defined());
 }
 
@@ -79,12 +80,14 @@ static const Value& first_of(const List& args) {
 // Methods of texts and dictionaries, and filters, by one name.
 Value call(const std::string& name, const Value& self, const List& args) {
   if (name == "default") return self.defined() ? self : first_of(args);
-  if (name == "length" || name == "count") return {static_cast<int64_t>(self.list() ? self.list()->size() : self.text().size())};
+  if (name == "length" || name == "count")
+    return {static_cast<int64_t>(self.list() ? self.list()->size() : self.text().size())};
   if (name == "string") return {print(self)};
   if (name == "first") return attribute(self, {int64_t{0}});
   if (name == "last") return attribute(self, {int64_t{-1}});
   if (name == "list" && self.list()) return self;
-  if (name == "selectattr" && self.list() && args.size() == 3 && (args[1].text() == "equalto" || args[1].text() == "==")) {
+  if (name == "selectattr" && self.list() && args.size() == 3 &&
+      (args[1].text() == "equalto" || args[1].text() == "==")) {
     List chosen;
     for (const Value& item : *self.list())
       if (equal(attribute(item, args[0]), args[2])) chosen.push_back(item);
@@ -109,7 +112,8 @@ Value call(const std::string& name, const Value& self, const List& args) {
     std::string text = self.text();
     for (size_t i = 0; i < text.size(); ++i) {
       const bool up = name == "upper" || (name != "lower" && (i == 0 || (name == "title" && text[i - 1] == ' ')));
-      text[i] = static_cast<char>(up ? std::toupper(static_cast<unsigned char>(text[i])) : std::tolower(static_cast<unsigned char>(text[i])));
+      text[i] = static_cast<char>(up ? std::toupper(static_cast<unsigned char>(text[i]))
+                                     : std::tolower(static_cast<unsigned char>(text[i])));
     }
     return {text};
   }
@@ -135,7 +139,8 @@ std::string_view strip(std::string_view text) {
     return (unicode::class_of(code) & unicode::space) || (code >= 0x1C && code <= 0x1F);
   };
   while (!text.empty() && blank(0)) text.remove_prefix(unicode::decode(text, 0).size);
-  while (!text.empty() && blank(unicode::previous(text, text.size()))) text = text.substr(0, unicode::previous(text, text.size()));
+  while (!text.empty() && blank(unicode::previous(text, text.size())))
+    text = text.substr(0, unicode::previous(text, text.size()));
   return text;
 }
 

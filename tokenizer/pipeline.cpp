@@ -57,10 +57,8 @@ class PipelineTokenizer : public Tokenizer {
       inner.clear();
       added_.split(body, true, inner);
       for (const Stretch& part : inner) {
-        if (part.token)
-          ids.push_back(part.token->id);
-        else
-          encode_plain(part.text, starts && part.text.data() == body.data(), ids);
+        if (part.token) ids.push_back(part.token->id);
+        else encode_plain(part.text, starts && part.text.data() == body.data(), ids);
       }
     }
     return ids;
@@ -72,8 +70,7 @@ class PipelineTokenizer : public Tokenizer {
       if (bytes.empty()) return;
       // A run that is not whole characters gives one U+FFFD a byte, as the library's decoder does.
       const std::string lossy = unicode::replace_invalid(bytes);
-      if (lossy == bytes)
-        out += bytes;
+      if (lossy == bytes) out += bytes;
       else
         for (size_t i = 0; i < bytes.size(); ++i) unicode::append(out, 0xFFFD);
       bytes.clear();
@@ -125,10 +122,8 @@ class PipelineTokenizer : public Tokenizer {
     int32_t next = static_cast<int32_t>(vocabulary.size());
     for (AddedToken& token : pipeline_.added) {
       const auto known = vocabulary.find(token.content);
-      if (const AddedToken* before = added_.find(token.content))
-        token.id = before->id;
-      else
-        token.id = known != vocabulary.end() ? known->second : next;
+      if (const AddedToken* before = added_.find(token.content)) token.id = before->id;
+      else token.id = known != vocabulary.end() ? known->second : next;
       next = std::max(next, token.id + 1);
       added_.set(token);
     }
@@ -175,10 +170,8 @@ class PipelineTokenizer : public Tokenizer {
       std::swap(words, cut);
     }
     for (const std::string_view word : words) {
-      if (bpe_ && bpe_->cuts_at_spaces())
-        encode_marked(word, false, ids);
-      else
-        model_->encode(word, ids);
+      if (bpe_ && bpe_->cuts_at_spaces()) encode_marked(word, false, ids);
+      else model_->encode(word, ids);
     }
   }
 
@@ -188,7 +181,8 @@ class PipelineTokenizer : public Tokenizer {
       if (word.front() != ' ') word = spaced.emplace_back(concat(" ", word));
   }
 
-  // Words that begin at space marks: at each (every), or where the model allows it at those that follow another character.
+  // Words that begin at space marks: at each (every), or where the model allows it at those that follow another
+  // character.
   void encode_marked(std::string_view text, bool every, std::vector<int32_t>& ids) const {
     constexpr std::string_view mark = "\u2581";
     if (!every && !(bpe_ && bpe_->cuts_at_spaces())) return model_->encode(text, ids);
@@ -213,7 +207,8 @@ class PipelineTokenizer : public Tokenizer {
 
 }  // namespace
 
-std::unique_ptr<Tokenizer> make_tokenizer(Pipeline pipeline, std::unique_ptr<WordModel> model, const std::string& where) {
+std::unique_ptr<Tokenizer> make_tokenizer(Pipeline pipeline, std::unique_ptr<WordModel> model,
+                                          const std::string& where) {
   return std::make_unique<PipelineTokenizer>(std::move(pipeline), std::move(model), where);
 }
 

@@ -1,6 +1,6 @@
-// Sentencepiece models (tokenizer.model). The file is a protocol buffer message, ModelProto of sentencepiece_model.proto; only the fields
-// that ids depend on are read here. BPE pieces become a merge table, as transformers makes one; unigram pieces are searched by the
-// sentencepiece library itself.
+// Sentencepiece models (tokenizer.model). The file is a protocol buffer message, ModelProto of
+// sentencepiece_model.proto; only the fields that ids depend on are read here. BPE pieces become a merge table, as
+// transformers makes one; unigram pieces are searched by the sentencepiece library itself.
 #include <sentencepiece_processor.h>
 
 #include <cstring>
@@ -23,11 +23,20 @@ class Fields {
     const uint64_t key = varint();
     number = key >> 3;
     switch (key & 7) {
-      case 0: integer = varint(); break;
-      case 1: take(8); break;
-      case 2: bytes = take(varint()); break;
-      case 5: bytes = take(4); break;
-      default: broken();
+      case 0:
+        integer = varint();
+        break;
+      case 1:
+        take(8);
+        break;
+      case 2:
+        bytes = take(varint());
+        break;
+      case 5:
+        bytes = take(4);
+        break;
+      default:
+        broken();
     }
     return true;
   }
@@ -42,7 +51,8 @@ class Fields {
 
  private:
   [[noreturn]] void broken() const {
-    fail(where_, ": is not a whole sentencepiece model; bring the file again (a tiktoken file needs its tokenizer.json)");
+    fail(where_,
+         ": is not a whole sentencepiece model; bring the file again (a tiktoken file needs its tokenizer.json)");
   }
   uint64_t varint() {
     uint64_t value = 0;
@@ -83,9 +93,10 @@ Piece read_piece(std::string_view message, const std::string& where) {
   return piece;
 }
 
-// Merges of a vocabulary that lists pieces only: every way to cut a piece into two others, in the order of the pieces' ids
-// (sentencepiece numbers BPE pieces in the order in which it joined them), the shorter left part first.
-std::vector<std::pair<std::string, std::string>> merges_of(const std::vector<Piece>& pieces, const TextToId& vocabulary) {
+// Merges of a vocabulary that lists pieces only: every way to cut a piece into two others, in the order of the pieces'
+// ids (sentencepiece numbers BPE pieces in the order in which it joined them), the shorter left part first.
+std::vector<std::pair<std::string, std::string>> merges_of(const std::vector<Piece>& pieces,
+                                                           const TextToId& vocabulary) {
   std::vector<std::pair<std::string, std::string>> merges;
   for (const Piece& piece : pieces) {
     const std::string_view text = piece.text;
@@ -107,7 +118,8 @@ class LibraryModel : public WordModel {
   void encode(std::string_view word, std::vector<int32_t>& ids) const override {
     std::vector<int> found;
     const auto status = processor_.Encode({word.data(), word.size()}, &found);
-    if (!status.ok()) fail_machine("sentencepiece cannot encode a text of ", word.size(), " bytes: ", status.ToString());
+    if (!status.ok())
+      fail_machine("sentencepiece cannot encode a text of ", word.size(), " bytes: ", status.ToString());
     ids.insert(ids.end(), found.begin(), found.end());
   }
 

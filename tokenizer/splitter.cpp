@@ -189,7 +189,8 @@ class MatchSplitter : public Splitter {
         put(p);
       }
     }
-    words.erase(std::remove_if(words.begin() + first, words.end(), [](std::string_view w) { return w.empty(); }), words.end());
+    words.erase(std::remove_if(words.begin() + first, words.end(), [](std::string_view w) { return w.empty(); }),
+                words.end());
   }
 
  protected:
@@ -233,7 +234,8 @@ class LiteralSplitter : public MatchSplitter {
   std::string literal_;
 };
 
-// White space of PCRE2's \s has U+180E besides; here it is spelled out. (\S in a set would need the set's complement and stays.)
+// White space of PCRE2's \s has U+180E besides; here it is spelled out. (\S in a set would need the set's complement
+// and stays.)
 std::string with_exact_space(const std::string& pattern) {
   constexpr const char* spaces = R"(\t-\r \x85\xA0\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000})";
   std::string out;
@@ -246,12 +248,9 @@ std::string with_exact_space(const std::string& pattern) {
       continue;
     }
     const char escaped = pattern[++i];
-    if (escaped == 's')
-      out += in_set ? spaces : concat("[", spaces, "]");
-    else if (escaped == 'S' && !in_set)
-      out += concat("[^", spaces, "]");
-    else
-      out += {'\\', escaped};
+    if (escaped == 's') out += in_set ? spaces : concat("[", spaces, "]");
+    else if (escaped == 'S' && !in_set) out += concat("[^", spaces, "]");
+    else out += {'\\', escaped};
   }
   return out;
 }
@@ -272,7 +271,8 @@ class PatternSplitter : public MatchSplitter {
     // MULTILINE: ^ and $ match at line ends in the syntax that Hugging Face patterns are written in.
     constexpr uint32_t options = PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_MATCH_INVALID_UTF;
     const std::string exact = with_exact_space(pattern);
-    code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(exact.data()), exact.size(), options, &error, &offset, nullptr));
+    code_.reset(
+        pcre2_compile(reinterpret_cast<PCRE2_SPTR>(exact.data()), exact.size(), options, &error, &offset, nullptr));
     if (!code_) {
       char reason[128] = "";
       pcre2_get_error_message(error, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
@@ -284,11 +284,12 @@ class PatternSplitter : public MatchSplitter {
  protected:
   std::optional<std::pair<size_t, size_t>> find(std::string_view text, size_t from) const override {
     thread_local const std::unique_ptr<pcre2_match_data, FreeMatch> match(pcre2_match_data_create(1, nullptr));
-    const int found = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from, 0,
-                                  match.get(), nullptr);
+    const int found =
+        pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from, 0, match.get(), nullptr);
     if (found == PCRE2_ERROR_NOMATCH) return std::nullopt;
-    if (found < 0) fail("a text of ", text.size(), " bytes is too much for the tokenizer's regular expression (PCRE2 error ",
-                        found, "); shorten it");
+    if (found < 0)
+      fail("a text of ", text.size(), " bytes is too much for the tokenizer's regular expression (PCRE2 error ", found,
+           "); shorten it");
     const PCRE2_SIZE* ends = pcre2_get_ovector_pointer(match.get());
     return std::pair{ends[0], ends[1]};
   }
@@ -300,6 +301,8 @@ class PatternSplitter : public MatchSplitter {
 }  // namespace
 
 std::unique_ptr<Splitter> make_gpt2_splitter() { return std::make_unique<Gpt2Splitter>(); }
+
+std::unique_ptr<Splitter> make_qwen2_splitter() { return std::make_unique<ModernSplitter>(1); }
 
 std::unique_ptr<Splitter> make_digits_splitter(bool individual) { return std::make_unique<DigitsSplitter>(individual); }
 

@@ -20,12 +20,15 @@ class TurnTemplate : public ChatTemplate {
   std::string prompt(const std::vector<Message>& messages) const override {
     std::string out;
     if (form_ == llama3 && !messages.empty()) out = texts_.begin;
-    if (!default_system_.empty() && !messages.empty() && messages[0].role != "system") out += turn({"system", default_system_});
+    if (!default_system_.empty() && !messages.empty() && messages[0].role != "system")
+      out += turn({"system", default_system_});
     for (const Message& m : messages) out += turn(m);
     return out + open("assistant");
   }
 
-  std::string response(const std::vector<Message>&, std::string_view answer) const override { return content(answer) + end(); }
+  std::string response(const std::vector<Message>&, std::string_view answer) const override {
+    return content(answer) + end();
+  }
 
  private:
   std::string open(const std::string& role) const {
@@ -49,8 +52,8 @@ struct InstForm {
   enum System { sys_tags, refused, before_first };  // where a system message goes
   std::string name;
   System system;
-  bool begin_each;     // begin-of-sequence before every user turn, not only the first
-  bool strip_user;     // contents are stripped, by role
+  bool begin_each;  // begin-of-sequence before every user turn, not only the first
+  bool strip_user;  // contents are stripped, by role
   bool strip_answer;
   std::string close;   // after the user's text
   std::string before;  // before and after the answer; what follows the end-of-sequence token
@@ -68,7 +71,8 @@ class InstTemplate : public ChatTemplate {
     const bool has_system = !messages.empty() && messages[0].role == "system";
     if (has_system && form_.system == InstForm::refused) fail("the template has no place for a system message");
     const size_t first = has_system, last = messages.size() - 1;
-    if (first >= messages.size() || messages[last].role != "user") fail("the last message before an answer must be the user's");
+    if (first >= messages.size() || messages[last].role != "user")
+      fail("the last message before an answer must be the user's");
     std::string out = form_.begin_each ? "" : texts_.begin;
     for (size_t i = first; i <= last; ++i) {
       const Message& m = messages[i];
@@ -81,7 +85,8 @@ class InstTemplate : public ChatTemplate {
       std::string text = m.content;
       if (has_system && form_.system == InstForm::sys_tags && i == first)
         text = "<<SYS>>\n" + messages[0].content + "\n<</SYS>>\n\n" + text;
-      if (has_system && form_.system == InstForm::before_first && i == first) text = messages[0].content + "\n\n" + text;
+      if (has_system && form_.system == InstForm::before_first && i == first)
+        text = messages[0].content + "\n\n" + text;
       out += (form_.begin_each ? texts_.begin : "") + "[INST] " + content(text, form_.strip_user) + form_.close;
     }
     return out;
@@ -92,7 +97,9 @@ class InstTemplate : public ChatTemplate {
   }
 
  private:
-  static std::string content(std::string_view text, bool strip) { return std::string(strip ? jinja::strip(text) : text); }
+  static std::string content(std::string_view text, bool strip) {
+    return std::string(strip ? jinja::strip(text) : text);
+  }
 
   InstForm form_;
   SpecialTexts texts_;
@@ -105,7 +112,8 @@ class TextTemplate : public ChatTemplate {
   std::string name() const override { return lines_ ? "plain" : "none"; }
   std::string prompt(const std::vector<Message>& messages) const override {
     std::string out;
-    for (const Message& m : messages) out += m.content + (lines_ ? (m.role == "assistant" ? texts_.end : "") + "\n" : "");
+    for (const Message& m : messages)
+      out += m.content + (lines_ ? (m.role == "assistant" ? texts_.end : "") + "\n" : "");
     return out;
   }
   std::string response(const std::vector<Message>&, std::string_view answer) const override {
@@ -127,7 +135,8 @@ InstForm llama2_form() { return {"llama-2", InstForm::sys_tags, true, true, true
 
 // Mistral's, by its spaces: before [/INST], before the answer, between turns; and whether the answer is stripped.
 InstForm mistral_form(InstForm::System system, bool close, bool before, bool between, bool strip) {
-  return {"mistral", system, false, false, strip, close ? " [/INST]" : "[/INST]", before ? " " : "", "", between ? " " : ""};
+  return {"mistral",         system, false, false, strip, close ? " [/INST]" : "[/INST]", before ? " " : "", "",
+          between ? " " : ""};
 }
 
 using Template = std::unique_ptr<ChatTemplate>;
@@ -175,8 +184,9 @@ const std::vector<std::vector<Message>>& probes() {
   return all;
 }
 
-// Whether both render every probe alike, prompt and answer, and refuse the same ones. A Jinja text that renders a conversation otherwise
-// once it is answered (some Mistral ones drop the system message then) counts as refusing it: training and generation would differ.
+// Whether both render every probe alike, prompt and answer, and refuse the same ones. A Jinja text that renders a
+// conversation otherwise once it is answered (some Mistral ones drop the system message then) counts as refusing it:
+// training and generation would differ.
 bool renders_alike(const ChatTemplate& ours, const jinja::Program& program, const SpecialTexts& texts) {
   const std::string answer = " Fine, \n thanks. ";
   bool compared = false;
@@ -205,8 +215,10 @@ const std::vector<std::string>& template_names() {
 std::unique_ptr<ChatTemplate> make_template(const std::string& name, const SpecialTexts& texts) {
   const auto needs_end = [&] {
     if (texts.end.empty())
-      fail("--template ", name, " ends answers with the end-of-sequence token, and the model's tokenizer names none; set eos_token in "
-           "tokenizer_config.json or choose another of ", list_of_names());
+      fail("--template ", name,
+           " ends answers with the end-of-sequence token, and the model's tokenizer names none; set eos_token in "
+           "tokenizer_config.json or choose another of ",
+           list_of_names());
   };
   if (name == "chatml") return std::make_unique<TurnTemplate>(TurnTemplate::chatml, texts);
   if (name == "llama-3") return std::make_unique<TurnTemplate>(TurnTemplate::llama3, texts);
@@ -214,7 +226,8 @@ std::unique_ptr<ChatTemplate> make_template(const std::string& name, const Speci
   if (name == "zephyr" || name == "llama-2" || name == "mistral" || name == "plain") needs_end();
   if (name == "zephyr") return std::make_unique<TurnTemplate>(TurnTemplate::zephyr, texts);
   if (name == "llama-2") return std::make_unique<InstTemplate>(llama2_form(), texts);
-  if (name == "mistral") return std::make_unique<InstTemplate>(mistral_form(InstForm::refused, true, false, false, false), texts);
+  if (name == "mistral")
+    return std::make_unique<InstTemplate>(mistral_form(InstForm::refused, true, false, false, false), texts);
   if (name == "plain") return std::make_unique<TextTemplate>(true, texts);
   fail("--template ", name, ": no such template; choose one of ", list_of_names());
 }
@@ -239,8 +252,8 @@ std::unique_ptr<ChatTemplate> choose_template(const std::string& name, const std
     return make_template(name, texts);
   }
   if (own && !recognised)
-    fail("model folder ", folder.string(), ": its chat template is none that is known here; choose the one that fits with --template: ",
-         list_of_names());
+    fail("model folder ", folder.string(),
+         ": its chat template is none that is known here; choose the one that fits with --template: ", list_of_names());
   return recognised;
 }
 

@@ -1,8 +1,8 @@
 // Tokenizer::load: which files of the folder count, what transformers makes of them, and its special tokens.
 //
-// transformers (5) names a class for the folder and rebuilds the steps of three of them from vocabulary and merges, whatever
-// tokenizer.json says of normaliser and words: LlamaTokenizer, GPT2Tokenizer, Qwen2Tokenizer. Every other class takes
-// tokenizer.json as it stands. The same is done here, so that a folder gives the same ids in both.
+// transformers (5) names a class for the folder and rebuilds the steps of three of them from vocabulary and merges,
+// whatever tokenizer.json says of normaliser and words: LlamaTokenizer, GPT2Tokenizer, Qwen2Tokenizer. Every other
+// class takes tokenizer.json as it stands. The same is done here, so that a folder gives the same ids in both.
 #include "tokenizer/tokenizer.h"
 
 #include <algorithm>
@@ -37,7 +37,9 @@ T value(const Json& object, const char* name, T otherwise) {
   const auto found = object.find(name);
   if (found == object.end() || found->is_null()) return otherwise;
   const bool fits = std::is_same_v<T, bool> ? found->is_boolean() : found->is_string();
-  if (!fits) fail("the tokenizer's settings: \"", name, "\" must be a ", std::is_same_v<T, bool> ? "boolean" : "string", ", found ", found->type_name());
+  if (!fits)
+    fail("the tokenizer's settings: \"", name, "\" must be a ", std::is_same_v<T, bool> ? "boolean" : "string",
+         ", found ", found->type_name());
   return found->get<T>();
 }
 
@@ -64,7 +66,8 @@ Kind kind_of_class(std::string name) {
 
 // AutoTokenizer's choice for the families trained here. byte_level: tokenizer.json has a ByteLevel step.
 Kind choose_kind(const Settings& s, bool byte_level) {
-  const auto named = value<std::string>(s.tokenizer, "tokenizer_class", value<std::string>(s.model, "tokenizer_class", ""));
+  const auto named =
+      value<std::string>(s.tokenizer, "tokenizer_class", value<std::string>(s.model, "tokenizer_class", ""));
   const auto family = value<std::string>(s.model, "model_type", "");
   const Kind kind = kind_of_class(named);
   if (family == "qwen2") return Kind::qwen2;  // the class that such folders name is known to be wrong at times
@@ -72,12 +75,6 @@ Kind choose_kind(const Settings& s, bool byte_level) {
   if (family == "mistral") return Kind::as_it_stands;
   if (named.empty() && (family == "gpt2" || family == "opt" || family == "phi")) return Kind::gpt2;
   return kind;
-}
-
-const std::string& qwen2_pattern() {
-  static const std::string pattern =
-      R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-  return pattern;
 }
 
 void rebuild(Pipeline& p, Kind kind, const Settings& s) {
@@ -98,12 +95,12 @@ void rebuild(Pipeline& p, Kind kind, const Settings& s) {
   if (kind == Kind::gpt2) p.splitters.push_back(make_gpt2_splitter());
   if (kind == Kind::qwen2) {
     p.normalizer.emplace_back(ComposeText{});
-    p.splitters.push_back(make_pattern_splitter(qwen2_pattern(), MatchBehavior::isolated, false, "Qwen2Tokenizer"));
+    p.splitters.push_back(make_qwen2_splitter());
   }
   if (kind == Kind::llama) {
     p.metaspace.emplace();
     p.metaspace->split = false;
-    p.metaspace->prefix = !space ? PrefixSpace::never
+    p.metaspace->prefix = !space                                ? PrefixSpace::never
                           : value(s.tokenizer, "legacy", false) ? PrefixSpace::always
                                                                 : PrefixSpace::first;
   }
@@ -129,7 +126,8 @@ std::optional<AddedToken> special_token(const Json& written) {
   return token;
 }
 
-constexpr const char* special_names[] = {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"};
+constexpr const char* special_names[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                         "pad_token", "cls_token", "mask_token"};
 
 // The special tokens by role: the settings' own, else what the tokenizer's class takes.
 std::map<std::string, AddedToken> special_tokens(const Settings& s, Kind kind) {
@@ -138,7 +136,8 @@ std::map<std::string, AddedToken> special_tokens(const Settings& s, Kind kind) {
     if (const auto token = special_token(written)) out[role] = *token;
   };
   if (kind == Kind::llama)
-    for (const auto& [role, text] : {std::pair{"bos_token", "<s>"}, {"eos_token", "</s>"}, {"unk_token", "<unk>"}}) put(role, text);
+    for (const auto& [role, text] : {std::pair{"bos_token", "<s>"}, {"eos_token", "</s>"}, {"unk_token", "<unk>"}})
+      put(role, text);
   if (kind == Kind::gpt2)
     for (const char* role : {"bos_token", "eos_token", "unk_token"}) put(role, "<|endoftext|>");
   if (kind == Kind::qwen2)
@@ -153,9 +152,10 @@ std::map<std::string, AddedToken> special_tokens(const Settings& s, Kind kind) {
   return out;
 }
 
-// Added tokens as transformers joins them: those of the settings override the file's; special tokens that are in neither come last.
-void add_tokens(Pipeline& p, const std::vector<AddedToken>& of_file, const Settings& s, const std::map<std::string, AddedToken>& special,
-                const std::string& where) {
+// Added tokens as transformers joins them: those of the settings override the file's; special tokens that are in
+// neither come last.
+void add_tokens(Pipeline& p, const std::vector<AddedToken>& of_file, const Settings& s,
+                const std::map<std::string, AddedToken>& special, const std::string& where) {
   std::map<int64_t, AddedToken> listed;
   if (const auto found = s.tokenizer.find("added_tokens_decoder"); found != s.tokenizer.end()) {
     if (!found->is_object()) fail(where, ": added_tokens_decoder: expected an object, found ", found->type_name());
@@ -171,12 +171,15 @@ void add_tokens(Pipeline& p, const std::vector<AddedToken>& of_file, const Setti
   }
   for (const auto& [id, token] : listed) p.added.push_back(token);
   const auto missing = [&](const AddedToken& token) {
-    return std::none_of(p.added.begin(), p.added.end(), [&](const AddedToken& a) { return a.content == token.content; });
+    return std::none_of(p.added.begin(), p.added.end(),
+                        [&](const AddedToken& a) { return a.content == token.content; });
   };
   for (const char* role : special_names)
-    if (const auto found = special.find(role); found != special.end() && missing(found->second)) p.added.push_back(found->second);
+    if (const auto found = special.find(role); found != special.end() && missing(found->second))
+      p.added.push_back(found->second);
   for (const char* name : {"extra_special_tokens", "additional_special_tokens"})
-    if (const auto found = s.tokenizer.find(name); found != s.tokenizer.end() && (found->is_array() || found->is_object()))
+    if (const auto found = s.tokenizer.find(name);
+        found != s.tokenizer.end() && (found->is_array() || found->is_object()))
       for (const Json& written : *found)
         if (const auto token = special_token(written); token && missing(*token)) p.added.push_back(*token);
 }
@@ -209,18 +212,23 @@ std::unique_ptr<Tokenizer> load_sentencepiece(const fs::path& file, const Settin
     rebuild(p, kind, s);
     if (kind == Kind::as_it_stands) {
       // transformers' reading of a file whose class it does not know: no space in front.
-      if (pieces.maps_characters) fail(where, ": its character map is only known together with \"tokenizer_class\": \"LlamaTokenizer\" in tokenizer_config.json");
+      if (pieces.maps_characters)
+        fail(where,
+             ": its character map is only known together with \"tokenizer_class\": \"LlamaTokenizer\" in "
+             "tokenizer_config.json");
       p.normalizer.emplace_back(ReplaceText{" ", "\u2581"});
       p.model.unknown = pieces.unknown;
       p.model.byte_fallback = byte_fallback;
     } else if (kind != Kind::llama) {
-      fail(where, ": a sentencepiece model, but the tokenizer's class is byte-level; bring the folder's tokenizer.json");
+      fail(where,
+           ": a sentencepiece model, but the tokenizer's class is byte-level; bring the folder's tokenizer.json");
     }
     add_tokens(p, of_file, s, special, where);
     return make_tokenizer(std::move(p), nullptr, where);
   }
   // Unigram: the library's rules. Not legacy: a space in front of the text only, not after each special token.
-  const bool legacy = value(s.tokenizer, "legacy", true), prefix = pieces.prefix_space && value(s.tokenizer, "add_prefix_space", true);
+  const bool legacy = value(s.tokenizer, "legacy", true),
+             prefix = pieces.prefix_space && value(s.tokenizer, "add_prefix_space", true);
   if (!legacy && prefix) p.metaspace = Metaspace{.prefix = PrefixSpace::first, .split = false};
   add_tokens(p, of_file, s, special, where);
   auto model = make_sentencepiece_model(std::move(pieces.proto), legacy && prefix, where);
@@ -233,12 +241,14 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const fs::path& folder) {
   if (!fs::is_directory(folder)) fail("model folder ", folder.string(), ": is no folder");
   const Settings s(folder);
   if (value(s.tokenizer, "split_special_tokens", false))
-    fail((folder / "tokenizer_config.json").string(), ": split_special_tokens is not supported: it would change token ids; set it to false");
+    fail((folder / "tokenizer_config.json").string(),
+         ": split_special_tokens is not supported: it would change token ids; set it to false");
 
   std::unique_ptr<Tokenizer> tokenizer;
   std::map<std::string, AddedToken> special;
   std::string begins_with;
-  const fs::path json = folder / "tokenizer.json", pieces = folder / "tokenizer.model", vocabulary = folder / "vocab.json";
+  const fs::path json = folder / "tokenizer.json", pieces = folder / "tokenizer.model",
+                 vocabulary = folder / "vocab.json";
   if (fs::exists(json)) {
     Pipeline p = read_tokenizer_json(json);
     const Kind kind = choose_kind(s, p.model.byte_level);
@@ -255,17 +265,20 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const fs::path& folder) {
       tokenizer = load_sentencepiece(pieces, s, kind, special);
     } else if (fs::exists(vocabulary) && fs::exists(folder / "merges.txt")) {
       if (kind != Kind::gpt2 && kind != Kind::qwen2)
-        fail(vocabulary.string(), ": how its tokens are cut is not known; bring the folder's tokenizer.json, or name the "
+        fail(vocabulary.string(),
+             ": how its tokens are cut is not known; bring the folder's tokenizer.json, or name the "
              "\"tokenizer_class\" (GPT2Tokenizer or Qwen2Tokenizer) in tokenizer_config.json");
       Pipeline p = read_vocabulary_and_merges(vocabulary, folder / "merges.txt");
       rebuild(p, kind, s);
       add_tokens(p, {}, s, special, (folder / "tokenizer_config.json").string());
       tokenizer = make_tokenizer(std::move(p), nullptr, vocabulary.string());
     } else {
-      fail("model folder ", folder.string(), ": has no tokenizer (tokenizer.json or tokenizer.model); bring these files, or use "
+      fail("model folder ", folder.string(),
+           ": has no tokenizer (tokenizer.json or tokenizer.model); bring these files, or use "
            "pre-tokenised rows (prompt_ids, chosen_ids, rejected_ids)");
     }
-    if (special.contains("bos_token") && value(s.tokenizer, "add_bos_token", false)) begins_with = special["bos_token"].content;
+    if (special.contains("bos_token") && value(s.tokenizer, "add_bos_token", false))
+      begins_with = special["bos_token"].content;
   }
   const auto role = [&](const char* name, const char* id_name) {
     const auto found = special.find(name);
@@ -276,8 +289,8 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const fs::path& folder) {
   };
   tokenizer->begin_of_sequence = role("bos_token", "bos_token_id");
   tokenizer->end_of_sequence = role("eos_token", "eos_token_id");
-  tokenizer->adds_begin_of_sequence =
-      !begins_with.empty() && tokenizer->begin_of_sequence && tokenizer->token_id(begins_with) == tokenizer->begin_of_sequence;
+  tokenizer->adds_begin_of_sequence = !begins_with.empty() && tokenizer->begin_of_sequence &&
+                                      tokenizer->token_id(begins_with) == tokenizer->begin_of_sequence;
   tokenizer->fingerprint = hash_files(folder);
   return tokenizer;
 }
@@ -303,7 +316,8 @@ std::optional<std::string> own_template(const fs::path& folder) {
   if (found->is_string()) return found->get<std::string>();
   if (found->is_array())
     for (const Json& entry : *found)
-      if (entry.is_object() && value<std::string>(entry, "name", "") == "default") return value<std::string>(entry, "template", "");
+      if (entry.is_object() && value<std::string>(entry, "name", "") == "default")
+        return value<std::string>(entry, "template", "");
   fail(settings.string(), ": chat_template: expected a text, or a list in which one is named \"default\"");
 }
 

@@ -16,13 +16,14 @@ class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
 
-  // Loads the tokenizer of a Hugging Face model folder: tokenizer.json (byte-level BPE) or else tokenizer.model (sentencepiece),
-  // with the special tokens that tokenizer_config.json / special_tokens_map.json / generation_config.json name.
-  // Throws UserError: no tokenizer files, or a setting in them that would change the ids and is not supported (named in the message).
+  // Loads the tokenizer of a Hugging Face model folder: tokenizer.json (byte-level BPE) or else tokenizer.model
+  // (sentencepiece), with the special tokens that tokenizer_config.json / special_tokens_map.json /
+  // generation_config.json name. Throws UserError: no tokenizer files, or a setting in them that would change the ids
+  // and is not supported (named in the message).
   static std::unique_ptr<Tokenizer> load(const std::filesystem::path& folder);
 
-  // Token ids of UTF-8 text. Special and added tokens written in the text become their ids, as in transformers. Nothing is added:
-  // no begin or end of sequence (encode(text, add_special_tokens=False) there). Thread-safe.
+  // Token ids of UTF-8 text. Special and added tokens written in the text become their ids, as in transformers. Nothing
+  // is added: no begin or end of sequence (encode(text, add_special_tokens=False) there). Thread-safe.
   virtual std::vector<int32_t> encode(std::string_view text) const = 0;
 
   // Text of token ids; special tokens are written out unless skip_special.

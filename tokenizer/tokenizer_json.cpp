@@ -23,7 +23,8 @@ struct Place {
 };
 
 [[noreturn]] void unsupported(const Place& place, const std::string& what) {
-  fail(place.text(), ": ", what, " is not supported: it would change token ids; pass pre-tokenised rows, or use a model whose "
+  fail(place.text(), ": ", what,
+       " is not supported: it would change token ids; pass pre-tokenised rows, or use a model whose "
        "tokenizer is byte-level BPE, Llama-like BPE or sentencepiece");
 }
 
@@ -40,7 +41,8 @@ T value(const Json& object, const char* name, T otherwise, const Place& place) {
   if constexpr (std::is_same_v<T, bool>) fits = found->is_boolean();
   else fits = found->is_string();
   if (!fits)
-    fail((place / name).text(), ": expected a ", std::is_same_v<T, bool> ? "boolean" : "string", ", found ", found->type_name());
+    fail((place / name).text(), ": expected a ", std::is_same_v<T, bool> ? "boolean" : "string", ", found ",
+         found->type_name());
   return found->get<T>();
 }
 
@@ -57,7 +59,8 @@ std::string type_of(const Json& step, const Place& place) {
 
 int32_t id_of(const Json& number, const Place& place, const std::string& token) {
   if (!number.is_number_integer() || number.get<int64_t>() < 0 || number.get<int64_t>() >= id_limit)
-    fail(place.text(), ": the id of \"", token, "\" must be a whole number from 0 to ", id_limit - 1, ", found ", number.dump());
+    fail(place.text(), ": the id of \"", token, "\" must be a whole number from 0 to ", id_limit - 1, ", found ",
+         number.dump());
   return number.get<int32_t>();
 }
 
@@ -109,7 +112,8 @@ Metaspace metaspace_of(const Json& step, const Place& place) {
   m.mark = value<std::string>(step, "replacement", m.mark, place);
   m.split = value(step, "split", true, place);
   const auto scheme = value<std::string>(step, "prepend_scheme", "always", place);
-  if (scheme != "always" && scheme != "first" && scheme != "never") unsupported(place, "prepend_scheme \"" + scheme + "\"");
+  if (scheme != "always" && scheme != "first" && scheme != "never")
+    unsupported(place, "prepend_scheme \"" + scheme + "\"");
   m.prefix = scheme == "always" ? PrefixSpace::always : scheme == "first" ? PrefixSpace::first : PrefixSpace::never;
   if (!value(step, "add_prefix_space", true, place)) m.prefix = PrefixSpace::never;
   if (m.mark != "\u2581") unsupported(place, "a Metaspace replacement other than U+2581");
@@ -157,7 +161,8 @@ void read_merges(const Json& merges, const Place& place, BpeFiles& out) {
     const std::string text = merge.is_string() ? merge.get<std::string>() : "";
     const size_t space = text.find(' ');
     if (space == std::string::npos || text.find(' ', space + 1) != std::string::npos)
-      fail(place[i].text(), ": a merge is \"a b\" or [\"a\", \"b\"], found ", merge.dump(-1, ' ', false, Json::error_handler_t::replace));
+      fail(place[i].text(), ": a merge is \"a b\" or [\"a\", \"b\"], found ",
+           merge.dump(-1, ' ', false, Json::error_handler_t::replace));
     out.merges.emplace_back(text.substr(0, space), text.substr(space + 1));
   }
 }
@@ -194,7 +199,8 @@ void read_added_tokens(const Json& tokens, const Place& place, Pipeline& out) {
   }
 }
 
-// The token that comes before a single text: TemplateProcessing's first special token, or the [CLS] of the older processors.
+// The token that comes before a single text: TemplateProcessing's first special token, or the [CLS] of the older
+// processors.
 std::string leading_token(const Json& processor, int depth = 0) {
   if (!processor.is_object() || depth > 8) return "";
   if (const Json* steps = member(processor, "processors"); steps && steps->is_array()) {
@@ -203,7 +209,8 @@ std::string leading_token(const Json& processor, int depth = 0) {
   }
   if (const Json* single = member(processor, "single"); single && single->is_array() && !single->empty())
     if (const Json& first = (*single)[0]; first.is_object() && first.contains("SpecialToken"))
-      if (const Json& token = first["SpecialToken"]; token.is_object() && token.contains("id") && token["id"].is_string())
+      if (const Json& token = first["SpecialToken"];
+          token.is_object() && token.contains("id") && token["id"].is_string())
         return token["id"].get<std::string>();
   if (const Json* cls = member(processor, "cls"); cls && cls->is_array() && !cls->empty() && (*cls)[0].is_string())
     return (*cls)[0].get<std::string>();

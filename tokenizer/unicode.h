@@ -1,5 +1,5 @@
-// Unicode as the Hugging Face tokenizers see it: UTF-8, character classes and canonical composition. The classes come from
-// unicode_tables.inc, measured on that library, so that they agree with it where two Unicode versions do not.
+// Unicode as the Hugging Face tokenizers see it: UTF-8, character classes and canonical composition. The classes come
+// from unicode_tables.inc, measured on that library, so that they agree with it where two Unicode versions do not.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@
 namespace orpo::unicode {
 
 enum Class : uint8_t {
-  letter = 1,       // \p{L} of its regular expressions
-  number = 2,       // \p{N} of its regular expressions
-  space = 4,        // White_Space
-  numeric = 8,      // what its Digits pre-tokenizer isolates (a newer Unicode version than `number`)
-  word = 16,        // \w around single_word added tokens
-  nfc_check = 32,   // may change under canonical composition
+  letter = 1,      // \p{L} of its regular expressions
+  number = 2,      // \p{N} of its regular expressions
+  space = 4,       // White_Space
+  numeric = 8,     // what its Digits pre-tokenizer isolates (a newer Unicode version than `number`)
+  word = 16,       // \w around single_word added tokens
+  nfc_check = 32,  // may change under canonical composition
 };
 
 struct Character {
@@ -37,7 +37,8 @@ inline uint8_t class_of(char32_t code) { return detail::class_table[code]; }
 // Canonical composition (NFC). Bytes that are no character stay as they are.
 std::string compose(std::string_view text);
 
-// Text with each maximal cut sequence of invalid bytes turned into one U+FFFD, as Rust's and Python's lossy decoders do.
+// Text with each maximal cut sequence of invalid bytes turned into one U+FFFD, as Rust's and Python's lossy decoders
+// do.
 std::string replace_invalid(std::string_view text);
 
 }  // namespace orpo::unicode

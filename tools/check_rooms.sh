@@ -25,7 +25,7 @@ may_include() {
   done
 }
 core='src/(fail|tensor|batch|objective|backend|shapes)\.h'
-may_include "tokenizer/*.h tokenizer/*.cpp" 'tokenizer/.*|src/fail\.h'
+may_include "tokenizer/*.h tokenizer/*.cpp" 'tokenizer/.*|src/(fail|files)\.h'
 may_include "data/*.h data/*.cpp" "data/.*|tokenizer/.*|src/rng\.h|src/files\.h|$core"
 may_include "src/backend.h src/objective.h src/batch.h src/tensor.h" "$core"
 may_include "src/cpu/*.h src/cpu/*.cpp" "src/cpu/.*|$core"

@@ -1,7 +1,7 @@
-// Ids of texts, for tools/compare_tokenizers.py: FOLDER on the command line, one JSON string a line on stdin; out: a JSON list of ids,
-// a tab, the decoded text as a JSON string. With a file of such lines as second argument: megabytes a second on one thread.
-// With --template, for tools/make_template_fixtures.py: {"jinja", "bos", "eos", "conversations"} on stdin; out: the named template that it
-// is and what that renders.
+// Ids of texts, for tools/compare_tokenizers.py: FOLDER on the command line, one JSON string a line on stdin; out: a
+// JSON list of ids, a tab, the decoded text as a JSON string. With a file of such lines as second argument: megabytes a
+// second on one thread. With --template, for tools/make_template_fixtures.py: {"jinja", "bos", "eos", "conversations"}
+// on stdin; out: the named template that it is and what that renders.
 #include <chrono>
 #include <fstream>
 #include <iostream>
@@ -17,7 +17,8 @@ void measure(const orpo::Tokenizer& tokenizer, const char* file) {
   std::ifstream in(file);
   std::vector<std::string> texts;
   size_t bytes = 0, ids = 0;
-  for (std::string line; std::getline(in, line); bytes += texts.back().size()) texts.push_back(nlohmann::json::parse(line));
+  for (std::string line; std::getline(in, line); bytes += texts.back().size())
+    texts.push_back(nlohmann::json::parse(line));
   const auto begin = std::chrono::steady_clock::now();
   for (const std::string& text : texts) ids += tokenizer.encode(text).size();
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();

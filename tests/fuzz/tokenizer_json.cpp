@@ -1,4 +1,5 @@
-// Bytes as tokenizer.json, as tokenizer.model and as a chat template: each is refused by a UserError of one line, or it works.
+// Bytes as tokenizer.json, as tokenizer.model and as a chat template: each is refused by a UserError of one line, or it
+// works.
 #include <fstream>
 #include <string>
 
