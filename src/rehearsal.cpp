@@ -26,16 +26,16 @@ struct RehearsalBackend final : Backend {
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
     shapes::linear_forward(out, in, weight, bias);
   }
-  void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout, const Tensor& in,
-                       const Tensor& weight) override {
+  void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
+                       const Tensor& in, const Tensor& weight) override {
     shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   }
-  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual, const Tensor& branch,
-                    const Tensor& weight, double epsilon) override {
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
+                    const Tensor& branch, const Tensor& weight, double epsilon) override {
     shapes::norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
   }
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum, const Tensor& rstd,
-                     const Tensor& weight) override {
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
+                     const Tensor& rstd, const Tensor& weight) override {
     shapes::norm_backward(dsum, dweight, dout, sum, rstd, weight);
   }
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
@@ -48,15 +48,19 @@ struct RehearsalBackend final : Backend {
                          const AttentionShape& shape) override {
     shapes::attention("attention_forward", qkv, out, lse, batch, shape);
   }
-  void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv,
-                          const DeviceBatch& batch, const AttentionShape& shape) override {
+  void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                          const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override {
     shapes::attention_backward(dqkv, dout, out, lse, qkv, batch, shape);
   }
-  void activation_forward(const Tensor& out, const Tensor& gate_up) override { shapes::activation_forward(out, gate_up); }
+  void activation_forward(const Tensor& out, const Tensor& gate_up) override {
+    shapes::activation_forward(out, gate_up);
+  }
   void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) override {
     shapes::activation_backward(dgate_up, dout, gate_up);
   }
-  void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override { shapes::row_list("gather", out, in, target_rows); }
+  void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {
+    shapes::row_list("gather", out, in, target_rows);
+  }
   void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows) override {
     shapes::row_list("scatter_add", din, dout, target_rows);
   }
@@ -64,21 +68,21 @@ struct RehearsalBackend final : Backend {
     shapes::head_forward("head_forward", logp, lse, logits, target_tokens);
   }
   // Every pair as one token of log-probability 0 a side: callers may divide by the counts.
-  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets, Objective, double,
-                  const Normalisers&, bool) override {
+  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+                  Objective, double, const Normalisers&, bool) override {
     shapes::preference(coefficient, logp, pair_targets);
     for (int64_t i = 0; i < pair_targets.rows(); ++i) results[i] = PairResult{0, 0, 0, 1, 1, 1, PairPreference{}};
   }
-  void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp, const Tensor& coefficient,
-                     const Tensor& target_tokens) override {
+  void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
+                     const Tensor& coefficient, const Tensor& target_tokens) override {
     shapes::head_backward(dlogits, logits, lse, logp, coefficient, target_tokens);
   }
   double sum_of_squares(const Tensor& gradient) override {
     shapes::sum_of_squares(gradient);
     return 0;
   }
-  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second, const Tensor& gradient,
-             const AdamW& settings) override {
+  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
+             const Tensor& gradient, const AdamW& settings) override {
     shapes::adamw(weight, master, first, second, gradient, settings);
   }
 };

@@ -1,5 +1,5 @@
-// What each operation accepts, once for all backends: tensors' dtypes and shapes, refused with the operation's name, the rule and the value.
-// Nothing here reads memory, so the rehearsal checks as the real backends do.
+// What each operation accepts, once for all backends: tensors' dtypes and shapes, refused with the operation's name,
+// the rule and the value. Nothing here reads memory, so the rehearsal checks as the real backends do.
 #pragma once
 
 #include "src/backend.h"
@@ -13,8 +13,8 @@ inline void activation_dtype(const char* op, const Tensor& x) {
 
 // An activation of the same dtype as `like` and of this many rows and columns.
 inline void matrix(const char* op, const char* what, const Tensor& x, DType dtype, int64_t rows, int64_t columns) {
-  REQUIRE_SHAPE(op, x.rank == 2 && x.rows() == rows && x.columns() == columns && x.dtype == dtype, what, " is ", shape_text(x),
-                " where ", shape_text(Tensor(nullptr, dtype, {rows, columns})), " is needed");
+  REQUIRE_SHAPE(op, x.rank == 2 && x.rows() == rows && x.columns() == columns && x.dtype == dtype, what, " is ",
+                shape_text(x), " where ", shape_text(Tensor(nullptr, dtype, {rows, columns})), " is needed");
 }
 inline void vector(const char* op, const char* what, const Tensor& x, DType dtype, int64_t count) {
   REQUIRE_SHAPE(op, x.rank == 1 && x.elements() == count && x.dtype == dtype, what, " is ", shape_text(x), " where ",
@@ -27,7 +27,8 @@ inline void pitched(const char* op, const char* what, const Tensor& x) {
   REQUIRE_SHAPE(op, x.pitch() >= x.columns(), what, " has rows ", x.pitch(), " apart, ", x.columns(), " wide");
 }
 
-inline void embedding(const char* op, const Tensor& rows, const Tensor& table, DType table_dtype, const Tensor& tokens) {
+inline void embedding(const char* op, const Tensor& rows, const Tensor& table, DType table_dtype,
+                      const Tensor& tokens) {
   activation_dtype(op, rows);
   REQUIRE_SHAPE(op, table.rank == 2, "the table is ", shape_text(table));
   matrix(op, "table", table, table_dtype, table.rows(), rows.columns());
@@ -46,8 +47,8 @@ inline void linear_forward(const Tensor& out, const Tensor& in, const Tensor& we
   pitched(op, "input", in), pitched(op, "output", out);
 }
 
-inline void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout, const Tensor& in,
-                            const Tensor& weight) {
+inline void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
+                            const Tensor& in, const Tensor& weight) {
   const char* op = "linear_backward";
   activation_dtype(op, in);
   REQUIRE_SHAPE(op, in.rank == 2 && weight.rank == 2, "input is ", shape_text(in), ", weight ", shape_text(weight));
@@ -62,8 +63,8 @@ inline void linear_backward(const Tensor& din, const Tensor& dweight, const Tens
   if (din) pitched(op, "input gradient", din);
 }
 
-inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual, const Tensor& branch,
-                         const Tensor& weight, double epsilon) {
+inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
+                         const Tensor& branch, const Tensor& weight, double epsilon) {
   const char* op = "norm_forward";
   activation_dtype(op, residual);
   const int64_t rows = residual.rows(), width = residual.columns();
@@ -76,8 +77,8 @@ inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rst
   vector(op, "weight", weight, residual.dtype, width);
 }
 
-inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum, const Tensor& rstd,
-                          const Tensor& weight) {
+inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
+                          const Tensor& rstd, const Tensor& weight) {
   const char* op = "norm_backward";
   activation_dtype(op, sum);
   const int64_t rows = sum.rows(), width = sum.columns();
@@ -90,15 +91,16 @@ inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tenso
 }
 
 inline void heads(const char* op, int query, int key_value, int head_dim) {
-  REQUIRE_SHAPE(op, key_value > 0 && query > 0 && query % key_value == 0, query, " query heads share ", key_value, " key/value heads");
+  REQUIRE_SHAPE(op, key_value > 0 && query > 0 && query % key_value == 0, query, " query heads share ", key_value,
+                " key/value heads");
   REQUIRE_SHAPE(op, head_dim > 0, "the head size is ", head_dim);
 }
 
 inline void rope(const char* op, const Tensor& qkv, const Tensor& positions, const RopeShape& shape) {
   activation_dtype(op, qkv);
   heads(op, shape.heads, shape.kv_heads, shape.head_dim);
-  REQUIRE_SHAPE(op, shape.rotary_dim >= 0 && shape.rotary_dim <= shape.head_dim && shape.rotary_dim % 2 == 0, "rotary_dim is ",
-                shape.rotary_dim, ", the head size ", shape.head_dim);
+  REQUIRE_SHAPE(op, shape.rotary_dim >= 0 && shape.rotary_dim <= shape.head_dim && shape.rotary_dim % 2 == 0,
+                "rotary_dim is ", shape.rotary_dim, ", the head size ", shape.head_dim);
   REQUIRE_SHAPE(op, shape.theta > 0, "theta is ", shape.theta);
   matrix(op, "qkv", qkv, qkv.dtype, qkv.rows(), int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
   vector(op, "positions", positions, DType::i32, qkv.rows());
@@ -116,8 +118,8 @@ inline void attention(const char* op, const Tensor& qkv, const Tensor& out, cons
   matrix(op, "segments", batch.segments, DType::i32, batch.segments.rows(), 4);
 }
 
-inline void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv,
-                               const DeviceBatch& batch, const AttentionShape& shape) {
+inline void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                               const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) {
   attention("attention_backward", qkv, out, lse, batch, shape);
   matrix("attention_backward", "output gradient", dout, qkv.dtype, out.rows(), out.columns());
   matrix("attention_backward", "qkv gradient", dqkv, qkv.dtype, qkv.rows(), qkv.columns());
@@ -145,9 +147,11 @@ inline void row_list(const char* op, const Tensor& few, const Tensor& many, cons
   vector(op, "target_rows", target_rows, DType::i32, few.rows());
 }
 
-inline void head_forward(const char* op, const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) {
-  REQUIRE_SHAPE(op, logits.rank == 2 && logits.columns() > 0 && (logits.dtype == DType::f32 || logits.dtype == DType::f64), "logits are ",
-                shape_text(logits));
+inline void head_forward(const char* op, const Tensor& logp, const Tensor& lse, const Tensor& logits,
+                         const Tensor& target_tokens) {
+  REQUIRE_SHAPE(op,
+                logits.rank == 2 && logits.columns() > 0 && (logits.dtype == DType::f32 || logits.dtype == DType::f64),
+                "logits are ", shape_text(logits));
   pitched(op, "logits", logits);
   vector(op, "logp", logp, logits.dtype, logits.rows());
   vector(op, "lse", lse, logits.dtype, logits.rows());
@@ -156,18 +160,19 @@ inline void head_forward(const char* op, const Tensor& logp, const Tensor& lse, 
 
 inline void preference(const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets) {
   const char* op = "preference";
-  REQUIRE_SHAPE(op, logp.rank == 1 && (logp.dtype == DType::f32 || logp.dtype == DType::f64), "logp is ", shape_text(logp));
+  REQUIRE_SHAPE(op, logp.rank == 1 && (logp.dtype == DType::f32 || logp.dtype == DType::f64), "logp is ",
+                shape_text(logp));
   vector(op, "coefficient", coefficient, logp.dtype, logp.elements());
   matrix(op, "pair_targets", pair_targets, DType::i32, pair_targets.rows(), 4);
 }
 
-inline void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp, const Tensor& coefficient,
-                          const Tensor& target_tokens) {
+inline void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
+                          const Tensor& coefficient, const Tensor& target_tokens) {
   const char* op = "head_backward";
   head_forward(op, logp, lse, logits, target_tokens);
   activation_dtype(op, dlogits);
-  REQUIRE_SHAPE(op, accumulation_dtype(dlogits.dtype) == logits.dtype, "logits are ", shape_text(logits), ", their gradient ",
-                shape_text(dlogits));
+  REQUIRE_SHAPE(op, accumulation_dtype(dlogits.dtype) == logits.dtype, "logits are ", shape_text(logits),
+                ", their gradient ", shape_text(dlogits));
   matrix(op, "dlogits", dlogits, dlogits.dtype, logits.rows(), logits.columns());
   pitched(op, "dlogits", dlogits);
   vector(op, "coefficient", coefficient, logits.dtype, logits.rows());
@@ -175,14 +180,15 @@ inline void head_backward(const Tensor& dlogits, const Tensor& logits, const Ten
 
 inline void sum_of_squares(const Tensor& gradient) { activation_dtype("sum_of_squares", gradient); }
 
-inline void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second, const Tensor& gradient,
-                  const AdamW& settings) {
+inline void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
+                  const Tensor& gradient, const AdamW& settings) {
   const char* op = "adamw";
   activation_dtype(op, weight);
   const DType sums = accumulation_dtype(weight.dtype);
   for (const Tensor* t : {&master, &first, &second, &gradient})
-    REQUIRE_SHAPE(op, t->dtype == sums && t->elements() == weight.elements(), "weight is ", shape_text(weight), ", master ", shape_text(master),
-                  ", moments ", shape_text(first), " and ", shape_text(second), ", gradient ", shape_text(gradient));
+    REQUIRE_SHAPE(op, t->dtype == sums && t->elements() == weight.elements(), "weight is ", shape_text(weight),
+                  ", master ", shape_text(master), ", moments ", shape_text(first), " and ", shape_text(second),
+                  ", gradient ", shape_text(gradient));
   REQUIRE_SHAPE(op, settings.step >= 1, "step is ", settings.step);
 }
 

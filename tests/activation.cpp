@@ -10,8 +10,7 @@ struct Case {
 };
 const Case cases[] = {{1, 1}, {97, 123}, {3, 64}};
 
-template <class T>
-Values forward(const Values& gate_up, int64_t rows, int64_t width) {
+template <class T> Values forward(const Values& gate_up, int64_t rows, int64_t width) {
   const auto x = typed<T>(gate_up);
   Values out;
   for (int64_t r = 0; r < rows; ++r)
@@ -22,8 +21,7 @@ Values forward(const Values& gate_up, int64_t rows, int64_t width) {
   return out;
 }
 
-template <class T>
-Values backward(const Values& dout, const Values& gate_up, int64_t rows, int64_t width) {
+template <class T> Values backward(const Values& dout, const Values& gate_up, int64_t rows, int64_t width) {
   const auto x = typed<T>(gate_up), g = typed<T>(dout);
   Values out(gate_up.size());
   for (int64_t r = 0; r < rows; ++r)
@@ -41,15 +39,19 @@ Values backward(const Values& dout, const Values& gate_up, int64_t rows, int64_t
 TEST_CASE("activation: forward and backward, in place too") {
   each_device([](Backend& backend, DType dtype) {
     for (const Case& c : cases) {
-      const Values x = rounded(random_values(c.rows * 2 * c.width, 1, -8, 8), dtype), g = rounded(random_values(c.rows * c.width, 2), dtype);
-      DeviceTensor gate_up(backend, dtype, {c.rows, 2 * c.width}, x), out(backend, dtype, {c.rows, c.width}), dout(backend, dtype, {c.rows, c.width}, g);
+      const Values x = rounded(random_values(c.rows * 2 * c.width, 1, -8, 8), dtype),
+                   g = rounded(random_values(c.rows * c.width, 2), dtype);
+      DeviceTensor gate_up(backend, dtype, {c.rows, 2 * c.width}, x), out(backend, dtype, {c.rows, c.width}),
+          dout(backend, dtype, {c.rows, c.width}, g);
       DeviceTensor gradient(backend, dtype, {c.rows, 2 * c.width});
       backend.activation_forward(out, gate_up);
       backend.activation_backward(gradient, dout, gate_up);
       with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
-        check_close("out", out.values(), forward<T>(x, c.rows, c.width), forward<long double>(x, c.rows, c.width), dtype);
-        check_close("dgate_up", gradient.values(), backward<T>(g, x, c.rows, c.width), backward<long double>(g, x, c.rows, c.width), dtype);
+        check_close("out", out.values(), forward<T>(x, c.rows, c.width), forward<long double>(x, c.rows, c.width),
+                    dtype);
+        check_close("dgate_up", gradient.values(), backward<T>(g, x, c.rows, c.width),
+                    backward<long double>(g, x, c.rows, c.width), dtype);
       });
       const Values apart = gradient.values();
       backend.activation_backward(gate_up, dout, gate_up);
@@ -63,7 +65,8 @@ TEST_CASE("activation: gradients agree with finite differences") {
   const int64_t rows = 3, width = 11;
   Values x = random_values(rows * 2 * width, 1, -4, 4);
   const Values g = random_values(rows * width, 2);
-  DeviceTensor gate_up(*backend, DType::f64, {rows, 2 * width}, x), out(*backend, DType::f64, {rows, width}), dout(*backend, DType::f64, {rows, width}, g);
+  DeviceTensor gate_up(*backend, DType::f64, {rows, 2 * width}, x), out(*backend, DType::f64, {rows, width}),
+      dout(*backend, DType::f64, {rows, width}, g);
   DeviceTensor gradient(*backend, DType::f64, {rows, 2 * width});
   backend->activation_backward(gradient, dout, gate_up);
   check_gradient("dgate_up", x, gradient.values(), [&] {
@@ -76,7 +79,8 @@ TEST_CASE("activation: gradients agree with finite differences") {
 TEST_CASE("activation: finite far out") {
   each_device([](Backend& backend, DType dtype) {
     const Values x = {-1e30, -200, -90, -0.0, 0, 90, 200, 1e30, 1, 1, 1, 1, 1, 1, 1, 1};
-    DeviceTensor gate_up(backend, dtype, {1, 16}, x), out(backend, dtype, {1, 8}), dout(backend, dtype, {1, 8}, 1), gradient(backend, dtype, {1, 16});
+    DeviceTensor gate_up(backend, dtype, {1, 16}, x), out(backend, dtype, {1, 8}), dout(backend, dtype, {1, 8}, 1),
+        gradient(backend, dtype, {1, 16});
     backend.activation_forward(out, gate_up);
     backend.activation_backward(gradient, dout, gate_up);
     for (double v : out.values()) CHECK(std::isfinite(v));
@@ -91,6 +95,7 @@ TEST_CASE("activation: refuses an odd width") {
     DeviceTensor odd(backend, dtype, {2, 7}), even(backend, dtype, {2, 8}), out(backend, dtype, {2, 3});
     check_refuses([&] { backend.activation_forward(out, odd); }, "activation_forward", "[2, 7]");
     check_refuses([&] { backend.activation_forward(out, even); }, "activation_forward", "output is [2, 3]");
-    check_refuses([&] { backend.activation_backward(even, out, even); }, "activation_backward", "output gradient is [2, 3]");
+    check_refuses([&] { backend.activation_backward(even, out, even); }, "activation_backward",
+                  "output gradient is [2, 3]");
   });
 }

@@ -10,8 +10,7 @@ struct State {
 };
 
 // torch.optim.AdamW's formula in S; the weight as rounded to dtype.
-template <class S>
-State updated(const State& before, const Values& gradient, const orpo::AdamW& s, DType dtype) {
+template <class S> State updated(const State& before, const Values& gradient, const orpo::AdamW& s, DType dtype) {
   State after = before;
   const S b1 = S(s.beta1), b2 = S(s.beta2), lr = S(s.learning_rate);
   for (size_t i = 0; i < gradient.size(); ++i) {
@@ -19,20 +18,23 @@ State updated(const State& before, const Values& gradient, const orpo::AdamW& s,
     const S m = b1 * S(before.first[i]) + (1 - b1) * g, v = b2 * S(before.second[i]) + (1 - b2) * g * g;
     const S m_hat = m / (1 - std::pow(b1, S(s.step))), v_hat = v / (1 - std::pow(b2, S(s.step)));
     const S w = S(before.master[i]) * (1 - lr * S(s.weight_decay)) - lr * m_hat / (std::sqrt(v_hat) + S(s.epsilon));
-    after.first[i] = double(m), after.second[i] = double(v), after.master[i] = double(w), after.weight[i] = rounded(double(w), dtype);
+    after.first[i] = double(m), after.second[i] = double(v), after.master[i] = double(w),
+    after.weight[i] = rounded(double(w), dtype);
   }
   return after;
 }
 
 }  // namespace
 
-TEST_CASE("adamw: three steps as the formula, with decay and clipping, and one copy of the weights where they are fp32") {
+TEST_CASE(
+    "adamw: three steps as the formula, with decay and clipping, and one copy of the weights where they are fp32") {
   each_device([](Backend& backend, DType dtype) {
     const DType sums = accumulation_dtype(dtype);
     for (int64_t n : {int64_t{1}, int64_t{97}, int64_t{40000}})
       for (double decay : {0.0, 0.1}) {
         const Values start = rounded(random_values(n, 1), sums);
-        DeviceTensor weight(backend, dtype, {n}, start), master(backend, sums, {n}, start), first(backend, sums, {n}), second(backend, sums, {n});
+        DeviceTensor weight(backend, dtype, {n}, start), master(backend, sums, {n}, start), first(backend, sums, {n}),
+            second(backend, sums, {n});
         State reference{start, start, Values(n), Values(n)}, naive = reference;
         for (int64_t step = 1; step <= 3; ++step) {
           const Values g = rounded(random_values(n, 10 + step), sums);
@@ -40,7 +42,8 @@ TEST_CASE("adamw: three steps as the formula, with decay and clipping, and one c
           const orpo::AdamW settings{1e-2, 0.9, 0.999, 1e-8, decay, step, 0.37};
           backend.adamw(dtype == sums ? *master : *weight, master, first, second, gradient, settings);
           reference = updated<long double>(reference, g, settings, DType::f64);
-          naive = dtype == DType::f64 ? updated<double>(naive, g, settings, dtype) : updated<float>(naive, g, settings, dtype);
+          naive = dtype == DType::f64 ? updated<double>(naive, g, settings, dtype)
+                                      : updated<float>(naive, g, settings, dtype);
         }
         check_close("first moment", first.values(), naive.first, reference.first, sums);
         check_close("second moment", second.values(), naive.second, reference.second, sums);

@@ -1,4 +1,5 @@
-// What the tests of the rooms share: one body over backend x dtype, tensors of a device, the tolerance rule, finite differences.
+// What the tests of the rooms share: one body over backend x dtype, tensors of a device, the tolerance rule, finite
+// differences.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -14,11 +15,11 @@
 #include "src/backend.h"
 
 // A case that lacks what it needs: says why and ends, counted as skipped.
-#define SKIP_CASE(why)                                     \
-  do {                                                     \
-    ++orpo::test::skipped_cases;                           \
+#define SKIP_CASE(why)                                      \
+  do {                                                      \
+    ++orpo::test::skipped_cases;                            \
     std::printf("skipped: %s\n", std::string(why).c_str()); \
-    return;                                                \
+    return;                                                 \
   } while (0)
 
 namespace orpo::test {
@@ -36,13 +37,13 @@ struct Device {
 };
 
 inline const std::vector<Device>& devices() {
-  static const std::vector<Device> all{{"cpu", [] { return make_cpu_backend(0); }, {DType::f64, DType::f32, DType::bf16}}};
+  static const std::vector<Device> all{
+      {"cpu", [] { return make_cpu_backend(0); }, {DType::f64, DType::f32, DType::bf16}}};
   return all;
 }
 
 // body(backend, dtype) for every backend and dtype.
-template <class Body>
-void each_device(Body&& body) {
+template <class Body> void each_device(Body&& body) {
   for (const Device& device : devices())
     for (DType dtype : device.dtypes) {
       INFO(device.name, " ", std::string(dtype_name(dtype)));
@@ -52,11 +53,13 @@ void each_device(Body&& body) {
 }
 
 // Calls body with a zero of the dtype's type: naive implementations are templates over it.
-template <class Body>
-void with_type(DType dtype, Body&& body) {
-  if (dtype == DType::f64) body(double{});
-  else if (dtype == DType::f32) body(float{});
-  else body(bf16{});
+template <class Body> void with_type(DType dtype, Body&& body) {
+  if (dtype == DType::f64)
+    body(double{});
+  else if (dtype == DType::f32)
+    body(float{});
+  else
+    body(bf16{});
 }
 
 // The type that sums are kept in; the reference sums in long double.
@@ -66,16 +69,12 @@ template <> struct SumOf<long double> { using type = long double; };
 template <class T> using Sum = typename SumOf<T>::type;
 
 // A sum as a T: a naive implementation stores every intermediate tensor in its dtype.
-template <class T>
-T to(Sum<T> value) {
-  return T(value);
-}
+template <class T> T to(Sum<T> value) { return T(value); }
 
 // ---- refusals
 
 // The operation throws a MachineError that names it and holds these words.
-template <class Body>
-void check_refuses(Body&& body, const std::string& operation, const std::string& words = "") {
+template <class Body> void check_refuses(Body&& body, const std::string& operation, const std::string& words = "") {
   try {
     body();
   } catch (const MachineError& e) {
@@ -104,25 +103,32 @@ inline Values random_values(int64_t count, uint64_t seed, double low = -1, doubl
 }
 
 inline double rounded(double value, DType dtype) {
-  return dtype == DType::f64 ? value : dtype == DType::f32 ? static_cast<float>(value) : float(bf16(static_cast<float>(value)));
+  return dtype == DType::f64   ? value
+         : dtype == DType::f32 ? static_cast<float>(value)
+                               : float(bf16(static_cast<float>(value)));
 }
 inline Values rounded(Values values, DType dtype) {
   for (double& v : values) v = rounded(v, dtype);
   return values;
 }
 
+inline Values plus(Values a, const Values& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
 // The values as a vector of T (long double, double, float or bf16).
-template <class T>
-std::vector<T> typed(const Values& values) {
+template <class T> std::vector<T> typed(const Values& values) {
   std::vector<T> out(values.size());
   for (size_t i = 0; i < values.size(); ++i) {
-    if constexpr (std::is_same_v<T, bf16>) out[i] = T(static_cast<float>(values[i]));
-    else out[i] = static_cast<T>(values[i]);
+    if constexpr (std::is_same_v<T, bf16>)
+      out[i] = T(static_cast<float>(values[i]));
+    else
+      out[i] = static_cast<T>(values[i]);
   }
   return out;
 }
-template <class T>
-Values untyped(const std::vector<T>& values) {
+template <class T> Values untyped(const std::vector<T>& values) {
   Values out(values.size());
   for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<double>(values[i]);
   return out;
@@ -137,9 +143,12 @@ class DeviceTensor {
     set(values);
   }
   DeviceTensor(Backend& backend, DType dtype, std::initializer_list<int64_t> shape, double fill = 0)
-      : DeviceTensor(backend, dtype, shape, Values(static_cast<size_t>(Tensor(nullptr, dtype, shape).elements()), fill)) {}
+      : DeviceTensor(backend, dtype, shape,
+                     Values(static_cast<size_t>(Tensor(nullptr, dtype, shape).elements()), fill)) {}
   DeviceTensor(const DeviceTensor&) = delete;
-  DeviceTensor(DeviceTensor&& other) noexcept : backend_(other.backend_), tensor_(other.tensor_) { other.tensor_.data = nullptr; }
+  DeviceTensor(DeviceTensor&& other) noexcept : backend_(other.backend_), tensor_(other.tensor_) {
+    other.tensor_.data = nullptr;
+  }
   ~DeviceTensor() {
     if (tensor_.data) backend_.release(tensor_.data, bytes());
   }
@@ -154,8 +163,10 @@ class DeviceTensor {
       const std::vector<T> converted = typed<T>(values);
       std::copy(converted.begin(), converted.end(), p);
     };
-    if (tensor_.dtype == DType::i32) fill(reinterpret_cast<int32_t*>(host.data()));
-    else with_type(tensor_.dtype, [&](auto zero) { fill(reinterpret_cast<decltype(zero)*>(host.data())); });
+    if (tensor_.dtype == DType::i32)
+      fill(reinterpret_cast<int32_t*>(host.data()));
+    else
+      with_type(tensor_.dtype, [&](auto zero) { fill(reinterpret_cast<decltype(zero)*>(host.data())); });
     backend_.upload(tensor_, host.data());
   }
   Values values() const {
@@ -165,13 +176,17 @@ class DeviceTensor {
     const auto read = [&](const auto* p) {
       for (int64_t i = 0; i < tensor_.elements(); ++i) out.push_back(static_cast<double>(p[i]));
     };
-    if (tensor_.dtype == DType::i32) read(reinterpret_cast<const int32_t*>(host.data()));
-    else with_type(tensor_.dtype, [&](auto zero) { read(reinterpret_cast<const decltype(zero)*>(host.data())); });
+    if (tensor_.dtype == DType::i32)
+      read(reinterpret_cast<const int32_t*>(host.data()));
+    else
+      with_type(tensor_.dtype, [&](auto zero) { read(reinterpret_cast<const decltype(zero)*>(host.data())); });
     return out;
   }
 
  private:
-  DeviceTensor(Backend& backend, const Tensor& shape) : backend_(backend), tensor_(shape) { tensor_.data = backend.allocate(bytes()); }
+  DeviceTensor(Backend& backend, const Tensor& shape) : backend_(backend), tensor_(shape) {
+    tensor_.data = backend.allocate(bytes());
+  }
   int64_t bytes() const { return std::max<int64_t>(tensor_.bytes(), 1); }
 
   Backend& backend_;
@@ -198,10 +213,11 @@ inline double largest(const Values& a) {
 
 inline double spacing(DType dtype) { return dtype == DType::f64 ? 0x1p-52 : dtype == DType::f32 ? 0x1p-23 : 0x1p-7; }
 
-// The error against a reference of higher precision is at most k times that of a naive implementation in the same precision. A naive result can be
-// exact by luck, so some spacings of dtype at the largest reference value are always allowed.
-inline void check_close(const char* what, const Values& actual, const Values& naive, const Values& reference, DType dtype, double k = 2,
-                        double spacings = 2) {
+// The error against a reference of higher precision is at most k times that of a naive implementation in the same
+// precision. A naive result can be exact by luck, so some spacings of dtype at the largest reference value are always
+// allowed.
+inline void check_close(const char* what, const Values& actual, const Values& naive, const Values& reference,
+                        DType dtype, double k = 2, double spacings = 2) {
   const double error = largest_error(actual, reference), naive_error = largest_error(naive, reference);
   const double allowed = k * naive_error + spacings * spacing(dtype) * largest(reference);
   INFO(std::string(what), ": error ", error, ", naive error ", naive_error, ", allowed ", allowed);
@@ -210,9 +226,10 @@ inline void check_close(const char* what, const Values& actual, const Values& na
 
 // ---- finite differences
 
-// analytic[i] = d loss / d x[i], by central differences of fourth order in double on up to `most` entries spread over x. loss reads x.
-inline void check_gradient(const char* what, Values& x, const Values& analytic, const std::function<double()>& loss, double tolerance = 1e-7,
-                           size_t most = 150) {
+// analytic[i] = d loss / d x[i], by central differences of fourth order in double on up to `most` entries spread over
+// x. loss reads x.
+inline void check_gradient(const char* what, Values& x, const Values& analytic, const std::function<double()>& loss,
+                           double tolerance = 1e-7, size_t most = 150) {
   REQUIRE(x.size() == analytic.size());
   constexpr double h = 1e-3;
   const double scale = std::max(1e-3, largest(analytic));

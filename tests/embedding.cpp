@@ -18,11 +18,14 @@ Values tokens() {
 
 TEST_CASE("embedding: forward copies rows, backward adds them in order") {
   each_device([](Backend& backend, DType dtype) {
-    const Values table = rounded(random_values(vocab * width, 1), dtype), dout = rounded(random_values(rows * width, 2), dtype), ids = tokens();
-    DeviceTensor weight(backend, dtype, {vocab, width}, table), out(backend, dtype, {rows, width}), token(backend, DType::i32, {rows}, ids);
+    const Values table = rounded(random_values(vocab * width, 1), dtype),
+                 dout = rounded(random_values(rows * width, 2), dtype), ids = tokens();
+    DeviceTensor weight(backend, dtype, {vocab, width}, table), out(backend, dtype, {rows, width}),
+        token(backend, DType::i32, {rows}, ids);
     backend.embedding_forward(out, weight, token);
     Values expected;
-    for (double id : ids) expected.insert(expected.end(), table.begin() + int64_t(id) * width, table.begin() + int64_t(id) * width + width);
+    for (double id : ids)
+      expected.insert(expected.end(), table.begin() + int64_t(id) * width, table.begin() + int64_t(id) * width + width);
     CHECK(out.values() == expected);
 
     const DType sums = accumulation_dtype(dtype);
@@ -41,8 +44,10 @@ TEST_CASE("embedding: forward copies rows, backward adds them in order") {
 
 TEST_CASE("embedding: refuses tokens and shapes it cannot look up") {
   each_device([](Backend& backend, DType dtype) {
-    DeviceTensor weight(backend, dtype, {vocab, width}), out(backend, dtype, {2, width}), narrow(backend, dtype, {2, width - 1});
-    DeviceTensor dweight(backend, accumulation_dtype(dtype), {vocab, width}), good(backend, DType::i32, {2}), three(backend, DType::i32, {3});
+    DeviceTensor weight(backend, dtype, {vocab, width}), out(backend, dtype, {2, width}),
+        narrow(backend, dtype, {2, width - 1});
+    DeviceTensor dweight(backend, accumulation_dtype(dtype), {vocab, width}), good(backend, DType::i32, {2}),
+        three(backend, DType::i32, {3});
     DeviceTensor high(backend, DType::i32, {2}, Values{0, vocab}), low(backend, DType::i32, {2}, Values{0, -1});
     check_refuses([&] { backend.embedding_forward(out, weight, high); }, "embedding_forward", "token 1 is 123 of 123");
     check_refuses([&] { backend.embedding_backward(dweight, out, low); }, "embedding_backward", "token 1 is -1");

@@ -1,4 +1,5 @@
-// The head's operations: row lists, log-probabilities, preference coefficients, gradient of the logits over its own logits.
+// The head's operations: row lists, log-probabilities, preference coefficients, gradient of the logits over its own
+// logits.
 #include <limits>
 
 #include "tests/check.h"
@@ -21,8 +22,7 @@ struct LogProbability {
   Values logp, lse;
 };
 
-template <class S>
-LogProbability log_probability(const Values& logits, const Values& targets, int64_t width) {
+template <class S> LogProbability log_probability(const Values& logits, const Values& targets, int64_t width) {
   LogProbability result;
   for (size_t r = 0; r < targets.size(); ++r) {
     const double* row = logits.data() + r * width;
@@ -37,8 +37,7 @@ LogProbability log_probability(const Values& logits, const Values& targets, int6
 }
 
 // c * (softmax - onehot)
-template <class T>
-Values logits_gradient(const Values& logits, const Values& c, const Values& targets, int64_t width) {
+template <class T> Values logits_gradient(const Values& logits, const Values& c, const Values& targets, int64_t width) {
   using S = Sum<T>;
   Values out;
   for (size_t r = 0; r < targets.size(); ++r) {
@@ -47,7 +46,8 @@ Values logits_gradient(const Values& logits, const Values& c, const Values& targ
     S total = 0;
     for (int64_t i = 0; i < width; ++i) total += std::exp(S(row[i]) - most);
     for (int64_t i = 0; i < width; ++i)
-      out.push_back(static_cast<double>(to<T>(S(c[r]) * (std::exp(S(row[i]) - most) / total - (i == int64_t(targets[r]) ? 1 : 0)))));
+      out.push_back(static_cast<double>(
+          to<T>(S(c[r]) * (std::exp(S(row[i]) - most) / total - (i == int64_t(targets[r]) ? 1 : 0)))));
   }
   return out;
 }
@@ -55,7 +55,8 @@ Values logits_gradient(const Values& logits, const Values& c, const Values& targ
 // The rows of a wider matrix begin with these.
 Values spread(const Values& values, int64_t width, int64_t pitch) {
   Values out(values.size() / width * pitch, 1e30);
-  for (size_t r = 0; r < values.size() / width; ++r) std::copy_n(values.begin() + r * width, width, out.begin() + r * pitch);
+  for (size_t r = 0; r < values.size() / width; ++r)
+    std::copy_n(values.begin() + r * width, width, out.begin() + r * pitch);
   return out;
 }
 
@@ -66,8 +67,10 @@ DType logits_dtype(DType dtype) { return accumulation_dtype(dtype); }
 TEST_CASE("head: gather and scatter_add; a row named twice receives both") {
   each_device([](Backend& backend, DType dtype) {
     const int64_t width = 37, named = 6;
-    const Values hidden = rounded(random_values(rows * width, 1), dtype), g = rounded(random_values(named * width, 2), dtype), list = {0, 5, 5, 96, 1, 5};
-    DeviceTensor in(backend, dtype, {rows, width}, hidden), out(backend, dtype, {named, width}), index(backend, DType::i32, {named}, list);
+    const Values hidden = rounded(random_values(rows * width, 1), dtype),
+                 g = rounded(random_values(named * width, 2), dtype), list = {0, 5, 5, 96, 1, 5};
+    DeviceTensor in(backend, dtype, {rows, width}, hidden), out(backend, dtype, {named, width}),
+        index(backend, DType::i32, {named}, list);
     DeviceTensor dout(backend, dtype, {rows, width}, hidden), din(backend, dtype, {named, width}, g);
     backend.gather(out, in, index);
     backend.scatter_add(dout, din, index);
@@ -80,7 +83,8 @@ TEST_CASE("head: gather and scatter_add; a row named twice receives both") {
       }
     CHECK(out.values() == picked);
     CHECK(dout.values() == added);
-    DeviceTensor outside(backend, DType::i32, {named}, Values{0, 1, 2, 97, 4, 5}), narrow(backend, dtype, {rows, width - 1});
+    DeviceTensor outside(backend, DType::i32, {named}, Values{0, 1, 2, 97, 4, 5}),
+        narrow(backend, dtype, {rows, width - 1});
     check_refuses([&] { backend.gather(out, in, outside); }, "gather", "target row 3 is 97 of 97");
     check_refuses([&] { backend.scatter_add(dout, din, outside); }, "scatter_add", "target row 3 is 97 of 97");
     check_refuses([&] { backend.gather(out, narrow, index); }, "gather", "stream is [97, 36]");
@@ -96,12 +100,16 @@ TEST_CASE("head: log-sum-exp and log-probabilities, small and large vocabularies
       int64_t rows, vocab;
       double scale;
     };
-    for (const Case& c : {Case{rows, vocab, 5}, Case{1, 1, 1}, Case{3, 49152, 12}, Case{2, 128256, 0.01}, Case{5, vocab, 1e4}}) {
-      const Values x = rounded(random_values(c.rows * c.vocab, 1, -c.scale, c.scale), sums), t = targets_of(c.rows, c.vocab);
-      DeviceTensor logits(backend, sums, {c.rows, c.vocab}, x), logp(backend, sums, {c.rows}), lse(backend, sums, {c.rows}), tokens(backend, DType::i32, {c.rows}, t);
+    for (const Case& c :
+         {Case{rows, vocab, 5}, Case{1, 1, 1}, Case{3, 49152, 12}, Case{2, 128256, 0.01}, Case{5, vocab, 1e4}}) {
+      const Values x = rounded(random_values(c.rows * c.vocab, 1, -c.scale, c.scale), sums),
+                   t = targets_of(c.rows, c.vocab);
+      DeviceTensor logits(backend, sums, {c.rows, c.vocab}, x), logp(backend, sums, {c.rows}),
+          lse(backend, sums, {c.rows}), tokens(backend, DType::i32, {c.rows}, t);
       backend.head_forward(logp, lse, logits, tokens);
       const LogProbability reference = log_probability<long double>(x, t, c.vocab);
-      const LogProbability naive = dtype == DType::f64 ? log_probability<double>(x, t, c.vocab) : log_probability<float>(x, t, c.vocab);
+      const LogProbability naive =
+          dtype == DType::f64 ? log_probability<double>(x, t, c.vocab) : log_probability<float>(x, t, c.vocab);
       check_close("lse", lse.values(), naive.lse, reference.lse, sums);
       check_close("logp", logp.values(), naive.logp, reference.logp, sums);
       for (double v : logp.values()) CHECK(v <= 0);
@@ -118,14 +126,17 @@ TEST_CASE("head: p -> 1 keeps its digits, forward and backward") {
     for (double gap : {5.0, 20.0, 30.0, 60.0}) {
       Values x(width, -gap);
       x[7] = 0;
-      DeviceTensor logits(backend, sums, {1, width}, x), logp(backend, sums, {1}), lse(backend, sums, {1}), tokens(backend, DType::i32, {1}, Values{7});
+      DeviceTensor logits(backend, sums, {1, width}, x), logp(backend, sums, {1}), lse(backend, sums, {1}),
+          tokens(backend, DType::i32, {1}, Values{7});
       DeviceTensor c(backend, sums, {1}, 3), gradient(backend, dtype, {1, width});
       backend.head_forward(logp, lse, logits, tokens);
       const double rest = 999 * std::exp(-gap);
       CHECK(logp.values()[0] == doctest::Approx(-std::log1p(rest)).epsilon(1e-6));
       backend.head_backward(gradient, logits, lse, logp, c, tokens);
-      CHECK(gradient.values()[7] == doctest::Approx(-3 * rest / (1 + rest)).epsilon(dtype == DType::bf16 ? 4e-3 : 1e-6));
-      CHECK(gradient.values()[8] == doctest::Approx(3 * std::exp(-gap) / (1 + rest)).epsilon(dtype == DType::bf16 ? 4e-3 : 1e-6));
+      CHECK(gradient.values()[7] ==
+            doctest::Approx(-3 * rest / (1 + rest)).epsilon(dtype == DType::bf16 ? 4e-3 : 1e-6));
+      CHECK(gradient.values()[8] ==
+            doctest::Approx(3 * std::exp(-gap) / (1 + rest)).epsilon(dtype == DType::bf16 ? 4e-3 : 1e-6));
     }
   });
 }
@@ -133,8 +144,10 @@ TEST_CASE("head: p -> 1 keeps its digits, forward and backward") {
 TEST_CASE("head: gradient of the logits, over its own logits as apart from them") {
   each_device([](Backend& backend, DType dtype) {
     const DType sums = logits_dtype(dtype);
-    const Values x = rounded(random_values(rows * vocab, 1, -4, 4), sums), t = targets_of(rows, vocab), coefficients = rounded(random_values(rows, 3), sums);
-    DeviceTensor logits(backend, sums, {rows, vocab}, x), logp(backend, sums, {rows}), lse(backend, sums, {rows}), tokens(backend, DType::i32, {rows}, t);
+    const Values x = rounded(random_values(rows * vocab, 1, -4, 4), sums), t = targets_of(rows, vocab),
+                 coefficients = rounded(random_values(rows, 3), sums);
+    DeviceTensor logits(backend, sums, {rows, vocab}, x), logp(backend, sums, {rows}), lse(backend, sums, {rows}),
+        tokens(backend, DType::i32, {rows}, t);
     DeviceTensor c(backend, sums, {rows}, coefficients), apart(backend, dtype, {rows, vocab});
     backend.head_forward(logp, lse, logits, tokens);
     backend.head_backward(apart, logits, lse, logp, c, tokens);
@@ -150,7 +163,8 @@ TEST_CASE("head: gradient of the logits, over its own logits as apart from them"
       CHECK(logits.values() == apart.values());
       return;
     }
-    DeviceTensor identity(backend, dtype, {vocab, 1}), column(backend, dtype, {rows, 1}), column_apart(backend, dtype, {rows, 1});
+    DeviceTensor identity(backend, dtype, {vocab, 1}), column(backend, dtype, {rows, 1}),
+        column_apart(backend, dtype, {rows, 1});
     DeviceTensor unused(backend, sums, {vocab, 1});
     for (int64_t j = 0; j < vocab; ++j) {  // each column of the pitched rows, read by a product with a unit vector
       Values unit(vocab);
@@ -167,10 +181,12 @@ TEST_CASE("head: logits at a pitch") {
   each_device([](Backend& backend, DType dtype) {
     const DType sums = logits_dtype(dtype);
     const Values x = rounded(random_values(rows * vocab, 1, -4, 4), sums), t = targets_of(rows, vocab);
-    DeviceTensor dense(backend, sums, {rows, vocab}, x), wide(backend, sums, {rows, vocab + 5}, spread(x, vocab, vocab + 5)), tokens(backend, DType::i32, {rows}, t);
+    DeviceTensor dense(backend, sums, {rows, vocab}, x),
+        wide(backend, sums, {rows, vocab + 5}, spread(x, vocab, vocab + 5)), tokens(backend, DType::i32, {rows}, t);
     Tensor pitched = *wide;
     pitched.shape[1] = vocab, pitched.row_pitch = vocab + 5;
-    DeviceTensor logp(backend, sums, {rows}), lse(backend, sums, {rows}), logp_wide(backend, sums, {rows}), lse_wide(backend, sums, {rows});
+    DeviceTensor logp(backend, sums, {rows}), lse(backend, sums, {rows}), logp_wide(backend, sums, {rows}),
+        lse_wide(backend, sums, {rows});
     backend.head_forward(logp, lse, dense, tokens);
     backend.head_forward(logp_wide, lse_wide, pitched, tokens);
     CHECK(logp.values() == logp_wide.values());
@@ -183,7 +199,8 @@ TEST_CASE("head: a gradient of the sum of c * logp by finite differences") {
   const int64_t n = 4, width = 17;
   Values x = random_values(n * width, 1, -3, 3);
   const Values t = {0, 16, 5, 5}, c = random_values(n, 2);
-  DeviceTensor logits(*backend, DType::f64, {n, width}, x), logp(*backend, DType::f64, {n}), lse(*backend, DType::f64, {n}), tokens(*backend, DType::i32, {n}, t);
+  DeviceTensor logits(*backend, DType::f64, {n, width}, x), logp(*backend, DType::f64, {n}),
+      lse(*backend, DType::f64, {n}), tokens(*backend, DType::i32, {n}, t);
   DeviceTensor coefficient(*backend, DType::f64, {n}, c), gradient(*backend, DType::f64, {n, width});
   const auto loss = [&] {
     logits.set(x);
@@ -207,8 +224,10 @@ struct Preferred {
   Values coefficient;
 };
 
-Preferred prefer(Backend& backend, DType dtype, const Values& logp, Objective objective, double lambda, bool with_prompt) {
-  DeviceTensor pairs(backend, DType::i32, {pair_count, 4}, pair_list), values(backend, dtype, {target_count}, logp), c(backend, dtype, {target_count}, 77);
+Preferred prefer(Backend& backend, DType dtype, const Values& logp, Objective objective, double lambda,
+                 bool with_prompt) {
+  DeviceTensor pairs(backend, DType::i32, {pair_count, 4}, pair_list), values(backend, dtype, {target_count}, logp),
+      c(backend, dtype, {target_count}, 77);
   Preferred p{std::vector<PairResult>(pair_count), {}};
   backend.preference(p.results.data(), c, values, pairs, objective, lambda, normalisers, with_prompt);
   backend.synchronize();
@@ -227,14 +246,25 @@ TEST_CASE("preference: golden coefficients") {
     const Values logp = {-1, -2, -0.5, -0.7, -0.9, -1, -1.4, -1.5, -0.1, -0.2, -0.5, -0.8, -3, -1, -2, -0.5, -0.25};
     const double nll = 1.0 / 40, tolerance = dtype == DType::f64 ? 1e-13 : 1e-6;
     const Preferred p = prefer(backend, dtype, logp, Objective::orpo, 0.1, true);
-    const Values expected = {nll, nll,
-                             nll + 0.1 / 5 * 0.6040286306412732 / 3, nll + 0.1 / 5 * 0.6040286306412732 / 3, nll + 0.1 / 5 * 0.6040286306412732 / 3,
-                             -0.1 / 5 * 0.43513790924319484 / 2, -0.1 / 5 * 0.43513790924319484 / 2,
+    const Values expected = {nll,
+                             nll,
+                             nll + 0.1 / 5 * 0.6040286306412732 / 3,
+                             nll + 0.1 / 5 * 0.6040286306412732 / 3,
+                             nll + 0.1 / 5 * 0.6040286306412732 / 3,
+                             -0.1 / 5 * 0.43513790924319484 / 2,
+                             -0.1 / 5 * 0.43513790924319484 / 2,
                              nll + 0.1 / 5 * 1.127890661019945,
-                             -0.1 / 5 * 2.6578025950930838 / 4, -0.1 / 5 * 2.6578025950930838 / 4, -0.1 / 5 * 2.6578025950930838 / 4,
                              -0.1 / 5 * 2.6578025950930838 / 4,
-                             nll, nll, nll, nll, nll};
-    for (int64_t i = 0; i < target_count; ++i) CHECK(p.coefficient[i] == doctest::Approx(expected[i]).epsilon(tolerance));
+                             -0.1 / 5 * 2.6578025950930838 / 4,
+                             -0.1 / 5 * 2.6578025950930838 / 4,
+                             -0.1 / 5 * 2.6578025950930838 / 4,
+                             nll,
+                             nll,
+                             nll,
+                             nll,
+                             nll};
+    for (int64_t i = 0; i < target_count; ++i)
+      CHECK(p.coefficient[i] == doctest::Approx(expected[i]).epsilon(tolerance));
     CHECK(p.results[0].preference.log_odds == doctest::Approx(0.8279585849479512).epsilon(1e-6));
     CHECK(p.results[0].chosen_logp_sum == doctest::Approx(-2.1));
     CHECK(p.results[0].rejected_logp_sum == doctest::Approx(-2.4));
@@ -256,21 +286,27 @@ TEST_CASE("preference: coefficients are the loss's derivatives") {
       const double lambda = 0.3;
       Values coefficient = prefer(*backend, DType::f64, logp, objective, lambda, with_prompt).coefficient;
       for (double& c : coefficient) c = -c;
-      check_gradient("coefficient", logp, coefficient, [&] {
-        double nll = 0, preference = 0;
-        for (const PairResult& r : prefer(*backend, DType::f64, logp, objective, lambda, with_prompt).results) {
-          nll -= r.chosen_logp_sum + (with_prompt ? r.prompt_logp_sum : 0);
-          preference += r.preference.loss;
-        }
-        return nll / normalisers.nll_tokens + preference_weight(objective, lambda) * preference / normalisers.pairs;
-      }, 1e-8);
+      check_gradient(
+          "coefficient", logp, coefficient,
+          [&] {
+            double nll = 0, preference = 0;
+            for (const PairResult& r : prefer(*backend, DType::f64, logp, objective, lambda, with_prompt).results) {
+              nll -= r.chosen_logp_sum + (with_prompt ? r.prompt_logp_sum : 0);
+              preference += r.preference.loss;
+            }
+            return nll / normalisers.nll_tokens + preference_weight(objective, lambda) * preference / normalisers.pairs;
+          },
+          1e-8);
     }
 }
 
-TEST_CASE("preference: sft leaves the rejected alone, ratio differs from orpo, a slice of the pairs touches its targets only") {
+TEST_CASE(
+    "preference: sft leaves the rejected alone, ratio differs from orpo, a slice of the pairs touches its targets "
+    "only") {
   const auto backend = make_cpu_backend(0);
   const Values logp = logps();
-  const Preferred sft = prefer(*backend, DType::f64, logp, Objective::sft, 0.1, true), orpo = prefer(*backend, DType::f64, logp, Objective::orpo, 0.1, true);
+  const Preferred sft = prefer(*backend, DType::f64, logp, Objective::sft, 0.1, true),
+                  orpo = prefer(*backend, DType::f64, logp, Objective::orpo, 0.1, true);
   const Preferred ratio = prefer(*backend, DType::f64, logp, Objective::ratio, 0.1, true);
   for (int64_t i : {5, 6, 8, 11}) {
     CHECK(sft.coefficient[i] == 0);
@@ -281,7 +317,8 @@ TEST_CASE("preference: sft leaves the rejected alone, ratio differs from orpo, a
   CHECK(orpo.coefficient[2] > 1.0 / 40);
   CHECK(sft.results[0].preference.loss == orpo.results[0].preference.loss);
 
-  DeviceTensor pairs(*backend, DType::i32, {pair_count, 4}, pair_list), values(*backend, DType::f64, {target_count}, logp), c(*backend, DType::f64, {target_count}, 77);
+  DeviceTensor pairs(*backend, DType::i32, {pair_count, 4}, pair_list),
+      values(*backend, DType::f64, {target_count}, logp), c(*backend, DType::f64, {target_count}, 77);
   PairResult result;
   backend->preference(&result, c, values, (*pairs).slice(1, 1), Objective::orpo, 0.1, normalisers, true);
   const Values touched = c.values();
@@ -307,15 +344,20 @@ TEST_CASE("preference: finite where an answer is certain or impossible") {
 TEST_CASE("head: refuses targets outside the vocabulary and shapes that differ") {
   each_device([](Backend& backend, DType dtype) {
     const DType sums = logits_dtype(dtype);
-    DeviceTensor logits(backend, sums, {2, 5}), v(backend, sums, {2}), v3(backend, sums, {3}), t(backend, DType::i32, {2}), gradient(backend, dtype, {2, 5});
-    DeviceTensor outside(backend, DType::i32, {2}, Values{0, 5}), narrow(backend, dtype, {2, 4}), pairs(backend, DType::i32, {1, 4}, Values{0, 1, 1, 1});
+    DeviceTensor logits(backend, sums, {2, 5}), v(backend, sums, {2}), v3(backend, sums, {3}),
+        t(backend, DType::i32, {2}), gradient(backend, dtype, {2, 5});
+    DeviceTensor outside(backend, DType::i32, {2}, Values{0, 5}), narrow(backend, dtype, {2, 4}),
+        pairs(backend, DType::i32, {1, 4}, Values{0, 1, 1, 1});
     PairResult result;
     check_refuses([&] { backend.head_forward(v, v, logits, outside); }, "head_forward", "target token 1 is 5 of 5");
     check_refuses([&] { backend.head_forward(v3, v, logits, t); }, "head_forward", "logp is [3]");
     check_refuses([&] { backend.head_backward(gradient, logits, v, v, v3, t); }, "head_backward", "coefficient is [3]");
     check_refuses([&] { backend.head_backward(narrow, logits, v, v, v, t); }, "head_backward", "dlogits is [2, 4]");
-    check_refuses([&] { backend.preference(&result, v, v, pairs, Objective::orpo, 0.1, normalisers, true); }, "preference", "[0, 3) of 2");
-    check_refuses([&] { backend.preference(&result, v3, v, pairs, Objective::orpo, 0.1, normalisers, true); }, "preference", "coefficient is [3]");
-    check_refuses([&] { backend.preference(&result, v, v, v, Objective::orpo, 0.1, normalisers, true); }, "preference", "pair_targets");
+    check_refuses([&] { backend.preference(&result, v, v, pairs, Objective::orpo, 0.1, normalisers, true); },
+                  "preference", "[0, 3) of 2");
+    check_refuses([&] { backend.preference(&result, v3, v, pairs, Objective::orpo, 0.1, normalisers, true); },
+                  "preference", "coefficient is [3]");
+    check_refuses([&] { backend.preference(&result, v, v, v, Objective::orpo, 0.1, normalisers, true); }, "preference",
+                  "pair_targets");
   });
 }

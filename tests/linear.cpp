@@ -11,7 +11,8 @@ struct Case {
 const Case cases[] = {{1, 1, 1}, {1, 123, 7}, {97, 123, 45}, {5, 64, 96}, {130, 33, 257}};
 
 template <class T>
-Values product(const Values& a, const Values& b, const Values& bias, int64_t rows, int64_t n, int64_t k, bool into_sums) {
+Values product(const Values& a, const Values& b, const Values& bias, int64_t rows, int64_t n, int64_t k,
+               bool into_sums) {
   const auto x = typed<T>(a), w = typed<T>(b), shift = typed<T>(bias);
   Values out;
   for (int64_t i = 0; i < rows; ++i)
@@ -32,11 +33,6 @@ Values transposed(const Values& a, int64_t rows, int64_t columns) {
   return t;
 }
 
-Values plus(Values a, const Values& b) {
-  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
-  return a;
-}
-
 }  // namespace
 
 TEST_CASE("linear: forward, with and without bias, into the compute and the accumulation dtype") {
@@ -45,9 +41,11 @@ TEST_CASE("linear: forward, with and without bias, into the compute and the accu
       for (bool with_bias : {false, true})
         for (DType out_dtype : {dtype, accumulation_dtype(dtype)}) {
           CAPTURE(c.rows);
-          const Values a = rounded(random_values(c.rows * c.k, 1), dtype), b = rounded(random_values(c.n * c.k, 2), dtype);
+          const Values a = rounded(random_values(c.rows * c.k, 1), dtype),
+                       b = rounded(random_values(c.n * c.k, 2), dtype);
           const Values shift = with_bias ? rounded(random_values(c.n, 3), dtype) : Values{};
-          DeviceTensor in(backend, dtype, {c.rows, c.k}, a), weight(backend, dtype, {c.n, c.k}, b), out(backend, out_dtype, {c.rows, c.n}, 7);
+          DeviceTensor in(backend, dtype, {c.rows, c.k}, a), weight(backend, dtype, {c.n, c.k}, b),
+              out(backend, out_dtype, {c.rows, c.n}, 7);
           DeviceTensor bias(backend, dtype, {c.n}, with_bias ? shift : Values(c.n));
           backend.linear_forward(out, in, weight, with_bias ? *bias : Tensor());
           const bool sums = out_dtype != dtype;
@@ -64,20 +62,25 @@ TEST_CASE("linear: backward writes din, adds to dweight and dbias, reads rows at
     const DType sums = accumulation_dtype(dtype);
     for (const Case& c : cases)
       for (int64_t gap : {0, 3}) {
-        const Values a = rounded(random_values(c.rows * c.k, 1), dtype), b = rounded(random_values(c.n * c.k, 2), dtype);
+        const Values a = rounded(random_values(c.rows * c.k, 1), dtype),
+                     b = rounded(random_values(c.n * c.k, 2), dtype);
         const Values g = rounded(random_values(c.rows * c.n, 3), dtype);
         const Values dw = rounded(random_values(c.n * c.k, 4), sums), db = rounded(random_values(c.n, 5), sums);
         Values spread(c.rows * (c.n + gap), 1e30);
         for (int64_t r = 0; r < c.rows; ++r) std::copy_n(g.begin() + r * c.n, c.n, spread.begin() + r * (c.n + gap));
-        DeviceTensor in(backend, dtype, {c.rows, c.k}, a), weight(backend, dtype, {c.n, c.k}, b), din(backend, dtype, {c.rows, c.k}, 9);
-        DeviceTensor dout(backend, dtype, {c.rows, c.n + gap}, spread), dweight(backend, sums, {c.n, c.k}, dw), dbias(backend, sums, {c.n}, db);
+        DeviceTensor in(backend, dtype, {c.rows, c.k}, a), weight(backend, dtype, {c.n, c.k}, b),
+            din(backend, dtype, {c.rows, c.k}, 9);
+        DeviceTensor dout(backend, dtype, {c.rows, c.n + gap}, spread), dweight(backend, sums, {c.n, c.k}, dw),
+            dbias(backend, sums, {c.n}, db);
         Tensor gradient = *dout;
         gradient.shape[1] = c.n, gradient.row_pitch = c.n + gap;
         backend.linear_backward(din, dweight, dbias, gradient, in, weight);
-        const Values gt = transposed(g, c.rows, c.n), at = transposed(a, c.rows, c.k), bt = transposed(b, c.n, c.k), ones(c.rows, 1.0);
+        const Values gt = transposed(g, c.rows, c.n), at = transposed(a, c.rows, c.k), bt = transposed(b, c.n, c.k),
+                     ones(c.rows, 1.0);
         with_type(dtype, [&](auto zero) {
           using T = decltype(zero);
-          check_close("din", din.values(), product<T>(g, bt, {}, c.rows, c.k, c.n, false), product<long double>(g, bt, {}, c.rows, c.k, c.n, true), dtype);
+          check_close("din", din.values(), product<T>(g, bt, {}, c.rows, c.k, c.n, false),
+                      product<long double>(g, bt, {}, c.rows, c.k, c.n, true), dtype);
           check_close("dweight", dweight.values(), plus(product<T>(gt, at, {}, c.n, c.k, c.rows, true), dw),
                       plus(product<long double>(gt, at, {}, c.n, c.k, c.rows, true), dw), sums);
           check_close("dbias", dbias.values(), plus(product<T>(gt, ones, {}, c.n, 1, c.rows, true), db),
@@ -96,8 +99,10 @@ TEST_CASE("linear: bf16 gradient rows over their own fp32 logits") {
     const int64_t rows = 13, n = 123, k = 29;
     const Values a = rounded(random_values(rows * k, 1), dtype), b = rounded(random_values(n * k, 2), dtype);
     const Values g = rounded(random_values(rows * n, 3), dtype);
-    DeviceTensor in(backend, dtype, {rows, k}, a), weight(backend, dtype, {n, k}, b), dweight(backend, DType::f32, {n, k});
-    DeviceTensor din(backend, dtype, {rows, k}), plain(backend, dtype, {rows, n}, g), din_plain(backend, dtype, {rows, k});
+    DeviceTensor in(backend, dtype, {rows, k}, a), weight(backend, dtype, {n, k}, b),
+        dweight(backend, DType::f32, {n, k});
+    DeviceTensor din(backend, dtype, {rows, k}), plain(backend, dtype, {rows, n}, g),
+        din_plain(backend, dtype, {rows, k});
     DeviceTensor dweight_plain(backend, DType::f32, {n, k});
     Values spread(rows * 2 * n, 1e30);
     for (int64_t r = 0; r < rows; ++r) std::copy_n(g.begin() + r * n, n, spread.begin() + r * 2 * n);
@@ -120,7 +125,8 @@ TEST_CASE("linear: many shapes one after the other, and none at all") {
       const Values expected = product<long double>(a, b, {}, rows, 3, 5, true);
       CHECK(largest_error(out.values(), expected) <= 4 * spacing(dtype) * largest(expected));
     }
-    DeviceTensor in(backend, dtype, {0, 5}), weight(backend, dtype, {3, 5}), out(backend, dtype, {0, 3}), dweight(backend, accumulation_dtype(dtype), {3, 5}, 2);
+    DeviceTensor in(backend, dtype, {0, 5}), weight(backend, dtype, {3, 5}), out(backend, dtype, {0, 3}),
+        dweight(backend, accumulation_dtype(dtype), {3, 5}, 2);
     backend.linear_forward(out, in, weight, Tensor());
     backend.linear_backward(in, dweight, Tensor(), out, in, weight);
     CHECK(dweight.values() == Values(15, 2.0));
@@ -129,16 +135,21 @@ TEST_CASE("linear: many shapes one after the other, and none at all") {
 
 TEST_CASE("linear: refuses matrices that do not meet") {
   each_device([](Backend& backend, DType dtype) {
-    DeviceTensor in(backend, dtype, {4, 5}), weight(backend, dtype, {3, 5}), out(backend, dtype, {4, 3}), wrong(backend, dtype, {3, 6});
-    DeviceTensor dweight(backend, accumulation_dtype(dtype), {3, 5}), bias(backend, dtype, {4}), tokens(backend, DType::i32, {4, 5});
+    DeviceTensor in(backend, dtype, {4, 5}), weight(backend, dtype, {3, 5}), out(backend, dtype, {4, 3}),
+        wrong(backend, dtype, {3, 6});
+    DeviceTensor dweight(backend, accumulation_dtype(dtype), {3, 5}), bias(backend, dtype, {4}),
+        tokens(backend, DType::i32, {4, 5});
     check_refuses([&] { backend.linear_forward(out, in, wrong, Tensor()); }, "linear_forward", "weight is [3, 6]");
     check_refuses([&] { backend.linear_forward(in, in, weight, Tensor()); }, "linear_forward", "output is [4, 5]");
     check_refuses([&] { backend.linear_forward(out, in, weight, bias); }, "linear_forward", "bias is [4]");
     check_refuses([&] { backend.linear_forward(out, tokens, weight, bias); }, "linear_forward", "int32");
-    check_refuses([&] { backend.linear_backward(in, weight, bias, out, in, wrong); }, "linear_backward", "weight is [3, 6]");
-    check_refuses([&] { backend.linear_backward(in, dweight, Tensor(), in, in, weight); }, "linear_backward", "output gradient is [4, 5]");
+    check_refuses([&] { backend.linear_backward(in, weight, bias, out, in, wrong); }, "linear_backward",
+                  "weight is [3, 6]");
+    check_refuses([&] { backend.linear_backward(in, dweight, Tensor(), in, in, weight); }, "linear_backward",
+                  "output gradient is [4, 5]");
     Tensor narrow = *out;
     narrow.row_pitch = 2;
-    check_refuses([&] { backend.linear_backward(in, dweight, Tensor(), narrow, in, weight); }, "linear_backward", "2 apart, 3 wide");
+    check_refuses([&] { backend.linear_backward(in, dweight, Tensor(), narrow, in, weight); }, "linear_backward",
+                  "2 apart, 3 wide");
   });
 }

@@ -1,4 +1,5 @@
-// The objective's page: values in another form, derivatives, edges, and what must fail when a term is dropped, flipped or replaced.
+// The objective's page: values in another form, derivatives, edges, and what must fail when a term is dropped, flipped
+// or replaced.
 #include "src/objective.h"
 
 #include <limits>
@@ -16,15 +17,20 @@ struct Golden {
 
 // From the definition, log(p / (1 - p)) of each side, in 40 digits (mpmath).
 const Golden golden[] = {
-    {-0.7, -1.2, 0.8279585849479512, 0.36251609830722002, 0.30407688959556744, -0.6040286306412732, 0.43513790924319484},
-    {-0.05, -3.0, 5.9195589281146755, 0.0026827829220859394, 0.002679187475968262, -0.054934506073390207, 0.0028195653698022692},
+    {-0.7, -1.2, 0.8279585849479512, 0.36251609830722002, 0.30407688959556744, -0.6040286306412732,
+     0.43513790924319484},
+    {-0.05, -3.0, 5.9195589281146755, 0.0026827829220859394, 0.002679187475968262, -0.054934506073390207,
+     0.0028195653698022692},
     {-1.5, -0.4, -1.957150472663474, 2.0892837149311505, 0.87622423719664631, -1.127890661019945, 2.6578025950930838},
     {-2.25, -2.25, 0.0, 0.69314718055994531, 0.5, -0.5589085251520403, 0.5589085251520403},
-    {-0.01, -0.02, 0.69815968050786232, 0.40379706491940383, 0.33222037656890576, -33.388424695027419, 16.777682713666053},
+    {-0.01, -0.02, 0.69815968050786232, 0.40379706491940383, 0.33222037656890576, -33.388424695027419,
+     16.777682713666053},
     {-40.0, -1.0, -39.458675145387082, 39.458675145387082, 1.0, -1.0, 1.5819767068693264},
 };
 
-bool near(double a, double b, double relative = 1e-13) { return std::abs(a - b) <= relative * std::max(1.0, std::abs(b)); }
+bool near(double a, double b, double relative = 1e-13) {
+  return std::abs(a - b) <= relative * std::max(1.0, std::abs(b));
+}
 
 bool finite(const PairPreference& p) {
   for (double v : {p.log_odds, p.loss, p.delta, p.h_chosen, p.h_rejected, p.d_chosen, p.d_rejected})
@@ -33,8 +39,7 @@ bool finite(const PairPreference& p) {
 }
 
 // Every pair of mean log-probabilities where the odds term matters.
-template <class Body>
-void each_pair(Body&& body) {
+template <class Body> void each_pair(Body&& body) {
   for (double lw = -3; lw <= -0.05; lw += 0.118)
     for (double ll = -3; ll <= -0.05; ll += 0.0983) body(lw, ll);
 }
@@ -87,7 +92,9 @@ TEST_CASE("objective: derivatives agree with finite differences") {
   for (Objective objective : {Objective::orpo, Objective::sft, Objective::ratio})
     each_pair([&](double lw, double ll) {
       const double h = 1e-4 * std::min(-lw, -ll);
-      const auto slope = [&](auto loss) { return (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h); };
+      const auto slope = [&](auto loss) {
+        return (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h);
+      };
       const PairPreference p = preference(objective, lw, ll);
       CHECK(near(p.d_chosen, slope([&](double d) { return preference(objective, lw + d, ll).loss; }), 1e-8));
       CHECK(near(p.d_rejected, slope([&](double d) { return preference(objective, lw, ll + d).loss; }), 1e-8));
@@ -103,7 +110,8 @@ TEST_CASE("objective: monotone in both answers") {
 
 TEST_CASE("objective: finite at the edges") {
   const double infinity = std::numeric_limits<double>::infinity();
-  const double edges[] = {0.0, -0.0, -1e-300, -1e-18, -1e-9, -0x1p-24, -0.6931471805599453, -1, -50, -800, -1e5, -1e300, -1e308, -infinity};
+  const double edges[] = {0.0, -0.0, -1e-300, -1e-18, -1e-9,  -0x1p-24, -0.6931471805599453,
+                          -1,  -50,  -800,    -1e5,   -1e300, -1e308,   -infinity};
   for (Objective objective : {Objective::orpo, Objective::sft, Objective::ratio})
     for (double lw : edges)
       for (double ll : edges) {

@@ -9,7 +9,7 @@ struct Case {
   int64_t rows;
   RopeShape shape;
 };
-const Case cases[] = {{1, {1, 1, 2, 2, 10000}},   {97, {3, 1, 6, 6, 10000}},  {5, {3, 1, 10, 4, 500}},
+const Case cases[] = {{1, {1, 1, 2, 2, 10000}},  {97, {3, 1, 6, 6, 10000}},  {5, {3, 1, 10, 4, 500}},
                       {33, {4, 2, 64, 64, 1e6}}, {7, {2, 2, 80, 32, 10000}}, {3, {2, 1, 8, 0, 10}}};
 
 int64_t width_of(const RopeShape& s) { return int64_t{s.heads + 2 * s.kv_heads} * s.head_dim; }
@@ -21,8 +21,7 @@ Values positions_of(int64_t rows) {
   return p;
 }
 
-template <class T>
-Values rotated(const Values& qkv, const Values& positions, const RopeShape& s, int direction) {
+template <class T> Values rotated(const Values& qkv, const Values& positions, const RopeShape& s, int direction) {
   using Angle = std::conditional_t<std::is_same_v<T, long double>, long double, double>;
   auto x = typed<T>(qkv);
   const int64_t width = width_of(s), half = s.rotary_dim / 2;
@@ -30,7 +29,8 @@ Values rotated(const Values& qkv, const Values& positions, const RopeShape& s, i
     for (int head = 0; head < s.heads + s.kv_heads; ++head)
       for (int64_t i = 0; i < half; ++i) {
         const Angle angle = Angle(positions[r]) * std::pow(Angle(s.theta), Angle(-2 * i) / Angle(s.rotary_dim));
-        const Sum<T> cosine = static_cast<Sum<T>>(std::cos(angle)), sine = static_cast<Sum<T>>(direction * std::sin(angle));
+        const Sum<T> cosine = static_cast<Sum<T>>(std::cos(angle)),
+                     sine = static_cast<Sum<T>>(direction * std::sin(angle));
         T &a = x[r * width + head * s.head_dim + i], &b = x[r * width + head * s.head_dim + i + half];
         const Sum<T> u = a, v = b;
         a = to<T>(u * cosine - v * sine), b = to<T>(v * cosine + u * sine);
@@ -48,13 +48,15 @@ TEST_CASE("rope: rotates query and key heads in halves, leaves values and the re
         DeviceTensor qkv(backend, dtype, {c.rows, width_of(c.shape)}, x), positions(backend, DType::i32, {c.rows}, at);
         direction > 0 ? backend.rope_forward(qkv, positions, c.shape) : backend.rope_backward(qkv, positions, c.shape);
         with_type(dtype, [&](auto zero) {
-          check_close("qkv", qkv.values(), rotated<decltype(zero)>(x, at, c.shape, direction), rotated<long double>(x, at, c.shape, direction), dtype);
+          check_close("qkv", qkv.values(), rotated<decltype(zero)>(x, at, c.shape, direction),
+                      rotated<long double>(x, at, c.shape, direction), dtype);
         });
         if (c.shape.rotary_dim > 2) CHECK(qkv.values() != x);
         const Values after = qkv.values();
         for (int64_t r = 0; r < c.rows; ++r)
           for (int64_t i = 0; i < width_of(c.shape); ++i)
-            if (i >= int64_t{c.shape.heads + c.shape.kv_heads} * c.shape.head_dim || i % c.shape.head_dim >= c.shape.rotary_dim)
+            if (i >= int64_t{c.shape.heads + c.shape.kv_heads} * c.shape.head_dim ||
+                i % c.shape.head_dim >= c.shape.rotary_dim)
               CHECK(after[r * width_of(c.shape) + i] == x[r * width_of(c.shape) + i]);
       }
   });
@@ -82,7 +84,8 @@ TEST_CASE("rope: the backward rotation is the transpose of the forward one, and 
 TEST_CASE("rope: tables follow theta and the rotary size") {
   const auto backend = make_cpu_backend(0);
   const Values at = positions_of(5);
-  for (const RopeShape& shape : {RopeShape{1, 1, 8, 8, 100}, RopeShape{1, 1, 8, 8, 1000}, RopeShape{1, 1, 8, 4, 1000}, RopeShape{1, 1, 8, 8, 100}}) {
+  for (const RopeShape& shape : {RopeShape{1, 1, 8, 8, 100}, RopeShape{1, 1, 8, 8, 1000}, RopeShape{1, 1, 8, 4, 1000},
+                                 RopeShape{1, 1, 8, 8, 100}}) {
     const Values x = random_values(5 * width_of(shape), 1);
     DeviceTensor qkv(*backend, DType::f64, {5, width_of(shape)}, x), positions(*backend, DType::i32, {5}, at);
     backend->rope_forward(qkv, positions, shape);
@@ -92,10 +95,19 @@ TEST_CASE("rope: tables follow theta and the rotary size") {
 
 TEST_CASE("rope: refuses odd rotary sizes and negative positions") {
   each_device([](Backend& backend, DType dtype) {
-    DeviceTensor qkv(backend, dtype, {2, 24}), positions(backend, DType::i32, {2}), below(backend, DType::i32, {2}, Values{0, -1});
+    DeviceTensor qkv(backend, dtype, {2, 24}), positions(backend, DType::i32, {2}),
+        below(backend, DType::i32, {2}, Values{0, -1});
     check_refuses([&] { backend.rope_forward(qkv, positions, {1, 1, 8, 3, 1e4}); }, "rope_forward", "rotary_dim is 3");
-    check_refuses([&] { backend.rope_forward(qkv, positions, {1, 1, 8, 10, 1e4}); }, "rope_forward", "rotary_dim is 10");
-    check_refuses([&] { backend.rope_backward(qkv, positions, {3, 2, 8, 8, 1e4}); }, "rope_backward", "3 query heads share 2");
+    check_refuses(
+        [&] {
+          backend.rope_forward(qkv, positions, {1, 1, 8, 10, 1e4});
+        },
+        "rope_forward", "rotary_dim is 10");
+    check_refuses(
+        [&] {
+          backend.rope_backward(qkv, positions, {3, 2, 8, 8, 1e4});
+        },
+        "rope_backward", "3 query heads share 2");
     check_refuses([&] { backend.rope_backward(qkv, positions, {2, 1, 8, 8, 1e4}); }, "rope_backward", "qkv is [2, 24]");
     check_refuses([&] { backend.rope_forward(qkv, below, {1, 1, 8, 8, 1e4}); }, "rope_forward", "position is -1");
   });

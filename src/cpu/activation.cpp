@@ -9,10 +9,7 @@ using namespace cpu;
 
 namespace {
 
-template <class A>
-Vector<A> sigmoid_of(Vector<A> x) {
-  return A(1) / (A(1) + exponential(-x));
-}
+template <class A> Vector<A> sigmoid_of(Vector<A> x) { return A(1) / (A(1) + exponential(-x)); }
 
 }  // namespace
 
@@ -45,7 +42,8 @@ void CpuBackend::activation_backward(const Tensor& dgate_up, const Tensor& dout,
       const T* dy = dout.as<const T>() + row * width;
       T* dgate = dgate_up.as<T>() + row * 2 * width;
       for_vectors<A>(width, [&](int64_t i, auto n) {
-        const Vector<A> x = load(gate + i, n), up = load(gate + width + i, n), g = load(dy + i, n), s = sigmoid_of<A>(x);
+        const Vector<A> x = load(gate + i, n), up = load(gate + width + i, n), g = load(dy + i, n),
+                        s = sigmoid_of<A>(x);
         store(dgate + i, g * up * s * (A(1) + x * (A(1) - s)), n);
         store(dgate + width + i, g * x * s, n);
       });

@@ -1,13 +1,14 @@
-// Attention over the packed stream, in tiles (FlashAttention-2, Dao 2023): a tile of queries of all heads that share a key/value head meets tiles
-// of keys; scores never leave the cache. Tiles are unpacked to A once, so that every product runs on dense rows.
+// Attention over the packed stream, in tiles (FlashAttention-2, Dao 2023): a tile of queries of all heads that share a
+// key/value head meets tiles of keys; scores never leave the cache. Tiles are unpacked to A once, so that every product
+// runs on dense rows.
 #include <omp.h>
 
 #include <algorithm>
 #include <utility>
 
+#include "src/cpu/attention_tiles.h"
 #include "src/cpu/backend.h"
 #include "src/cpu/scratch.h"
-#include "src/cpu/tile.h"
 #include "src/shapes.h"
 
 namespace orpo {
@@ -20,132 +21,12 @@ struct CpuBackend::AttentionTiles {
 
 namespace {
 
-constexpr int64_t key_tile = 64;
-
-enum Part : int32_t { trunk, chosen, rejected };
-
-// Rows [row, row + count) of the stream, all of one part of one segment, at positions from position on.
-struct Tile {
-  Part part;
-  int32_t row, count, position;
-  int32_t last() const { return position + count - 1; }
-};
-
-// Whether some query of q sees some key of k: same sequence, not after, within the window.
-bool meets(const Tile& q, const Tile& k, int window) {
-  return (k.part == trunk || k.part == q.part) && k.position <= q.last() && (window == 0 || k.last() > q.position - window);
-}
-
-struct Tiles {
-  std::vector<Tile> tiles;
-  std::vector<int64_t> first;  // [segments + 1] index of a segment's first tile
-
-  Tiles(const Segment* segments, int64_t count, int64_t rows_per_tile) : first{0} {
-    for (int64_t s = 0; s < count; ++s) {
-      const Segment& at = segments[s];
-      add(trunk, at.begin, at.trunk, 0, rows_per_tile);
-      add(chosen, at.begin + at.trunk, at.chosen, at.trunk, rows_per_tile);
-      add(rejected, at.begin + at.trunk + at.chosen, at.rejected, at.trunk, rows_per_tile);
-      first.push_back(static_cast<int64_t>(tiles.size()));
-    }
-  }
-
- private:
-  void add(Part part, int32_t row, int32_t rows, int32_t position, int64_t rows_per_tile) {
-    for (int32_t r = 0; r < rows; r += static_cast<int32_t>(rows_per_tile))
-      tiles.push_back({part, row + r, std::min(rows - r, static_cast<int32_t>(rows_per_tile)), position + r});
-  }
-};
-
-// The segments are the whole stream, in order: every row belongs to exactly one.
-const Segment* segments_of(const char* op, const DeviceBatch& batch, int64_t rows) {
-  static_assert(sizeof(Segment) == 4 * sizeof(int32_t));
-  const auto* segments = reinterpret_cast<const Segment*>(batch.segments.as<const int32_t>());
-  int64_t end = 0;
-  for (int64_t s = 0; s < batch.segments.rows(); ++s) {
-    const Segment& at = segments[s];
-    REQUIRE_SHAPE(op, at.begin == end && at.trunk >= 0 && at.chosen >= 0 && at.rejected >= 0, "segment ", s, " is {", at.begin, ", ", at.trunk,
-                  ", ", at.chosen, ", ", at.rejected, "} where row ", end, " comes next");
-    end = at.end();
-  }
-  REQUIRE_SHAPE(op, end == rows, "the segments end at row ", end, ", the stream has ", rows);
-  return segments;
-}
-
-// Key columns [begin, end) of a tile that a query sees.
-struct Visible {
-  int64_t begin, end;
-  Visible(int64_t query_position, const Tile& keys, int64_t columns, int window)
-      : begin(window ? std::max<int64_t>(0, query_position - window + 1 - keys.position) : 0),
-        end(std::min<int64_t>(columns, query_position - keys.position + 1)) {}
-  bool empty() const { return begin >= end; }
-  bool whole(int64_t columns) const { return begin == 0 && end >= columns; }
-};
-
-// x in the visible columns, otherwise elsewhere; columns from first on.
-template <class A>
-Vector<A> masked(Vector<A> x, int64_t first, const Visible& visible, A otherwise) {
-  using Integers = typename VectorOf<A>::integers;
-  using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  Integers column;
-  for (int i = 0; i < lanes<A>; ++i) column[i] = static_cast<Integer>(first + i);
-  const Integers in = (column >= static_cast<Integer>(visible.begin)) & (column < static_cast<Integer>(visible.end));
-  return in ? x : splat(otherwise);
-}
-
-// What forward and backward share: the tensors' geometry and the unpacking of tiles.
-template <class T>
-struct Geometry {
-  using A = Accumulator<T>;
-  const AttentionShape& shape;
-  int64_t rows, head_dim, group;
-  int64_t width;     // head_dim with room for whole vectors
-  int64_t capacity;  // query rows of a tile, all heads of the group, with room for whole register blocks
-  int64_t query_rows;
-  Tiles keys, queries;
-
-  Geometry(const AttentionShape& s, const Segment* segments, int64_t segment_count, int64_t stream_rows)
-      : shape(s), rows(stream_rows), head_dim(s.head_dim), group(s.heads / s.kv_heads), width(round_up(head_dim, lanes<A>)),
-        query_rows(std::clamp<int64_t>(96 / group, 1, 64)), keys(segments, segment_count, key_tile),
-        queries(segments, segment_count, query_rows) {
-    capacity = round_up(query_rows * group, block_rows);
-  }
-
-  int64_t qkv_pitch() const { return (shape.heads + 2 * int64_t{shape.kv_heads}) * head_dim; }
-  int64_t out_pitch() const { return shape.heads * head_dim; }
-  int64_t key_column(int64_t kv_head) const { return (shape.heads + kv_head) * head_dim; }
-  int64_t value_column(int64_t kv_head) const { return (shape.heads + shape.kv_heads + kv_head) * head_dim; }
-  int64_t key_tiles() const { return static_cast<int64_t>(keys.tiles.size()); }
-  int64_t query_tiles() const { return static_cast<int64_t>(queries.tiles.size()); }
-  int64_t segment_of_query_tile(int64_t tile) const {
-    return std::upper_bound(queries.first.begin(), queries.first.end(), tile) - queries.first.begin() - 1;
-  }
-  int64_t query_block() const { return capacity * width; }
-  int64_t key_block() const { return key_tile * width; }
-
-  // to[row, width] = scale * from[row, head_dim], the rest 0.
-  void unpack(A* to, const T* from, int64_t pitch, int64_t count, A scale) const {
-    for (int64_t r = 0; r < count; ++r)
-      for_vectors<A>(head_dim, [&](int64_t i, auto n) { store(to + r * width + i, load(from + r * pitch + i, n) * scale); });
-  }
-  // to[head_dim, key_tile] = transposed from[row, head_dim]
-  void unpack_transposed(A* to, const T* from, int64_t pitch, int64_t count) const {
-    for (int64_t i = 0; i < head_dim; ++i)
-      for (int64_t r = 0; r < count; ++r) to[i * key_tile + r] = static_cast<A>(from[r * pitch + i]);
-  }
-  // A query tile's rows of matrix[rows, heads * head_dim or wider], heads of the group one after the other.
-  void unpack_queries(A* to, const T* matrix, int64_t pitch, const Tile& tile, int64_t kv_head, A scale) const {
-    for (int64_t g = 0; g < group; ++g)
-      unpack(to + g * tile.count * width, matrix + tile.row * pitch + (kv_head * group + g) * head_dim, pitch, tile.count, scale);
-  }
-};
-
 // ---- forward: online softmax over the key tiles of a query tile
 
-template <class T>
-struct Forward : Geometry<T> {
+template <class T> struct Forward : Geometry<T> {
   using A = Accumulator<T>;
-  using Geometry<T>::shape, Geometry<T>::width, Geometry<T>::capacity, Geometry<T>::head_dim, Geometry<T>::group, Geometry<T>::rows;
+  using Geometry<T>::shape, Geometry<T>::width, Geometry<T>::capacity, Geometry<T>::head_dim, Geometry<T>::group,
+      Geometry<T>::rows;
   T* out;
   A* lse;
   const T* qkv;
@@ -167,8 +48,10 @@ struct Forward : Geometry<T> {
     const int64_t kv_head = index % shape.kv_heads;
     const Tile& tile = this->keys.tiles[index / shape.kv_heads];
     const T* row = qkv + tile.row * this->qkv_pitch();
-    this->unpack_transposed(keys_turned + index * this->key_block(), row + this->key_column(kv_head), this->qkv_pitch(), tile.count);
-    this->unpack(values + index * this->key_block(), row + this->value_column(kv_head), this->qkv_pitch(), tile.count, 1);
+    this->unpack_transposed(keys_turned + index * this->key_block(), row + this->key_column(kv_head), this->qkv_pitch(),
+                            tile.count);
+    this->unpack(values + index * this->key_block(), row + this->value_column(kv_head), this->qkv_pitch(), tile.count,
+                 1);
   }
 
   // One query tile of one key/value head. scores becomes probabilities relative to the running maximum.
@@ -203,7 +86,8 @@ struct Forward : Geometry<T> {
     }
   }
 
-  // A row of scores -> exp(score - most), with the row's running maximum, sum and output rescaled where the maximum rises.
+  // A row of scores -> exp(score - most), with the row's running maximum, sum and output rescaled where the maximum
+  // rises.
   void soften(A* scores, A* sums, A& most, A* o, int64_t columns, const Visible& visible) const {
     const int64_t padded = round_up(columns, lanes<A>);
     const A lowest = -std::numeric_limits<A>::infinity();
@@ -236,12 +120,12 @@ struct Forward : Geometry<T> {
 
 // With P = exp(S - lse), dP = dout . V^T and delta = sum over head_dim of dout * out:
 //   dS = P * (dP - delta),   dV = P^T . dout,   dK = dS^T . (scale Q),   dQ = scale dS . K
-// A task takes a strip of a segment's key tiles and owns their dK and dV; dQ is summed over strips afterwards, in order. How many strips there are
-// depends on the batch alone, so the result does not depend on the number of threads.
-template <class T>
-struct Backward : Geometry<T> {
+// A task takes a strip of a segment's key tiles and owns their dK and dV; dQ is summed over strips afterwards, in
+// order. How many strips there are depends on the batch alone, so the result does not depend on the number of threads.
+template <class T> struct Backward : Geometry<T> {
   using A = Accumulator<T>;
-  using Geometry<T>::shape, Geometry<T>::width, Geometry<T>::capacity, Geometry<T>::head_dim, Geometry<T>::group, Geometry<T>::rows;
+  using Geometry<T>::shape, Geometry<T>::width, Geometry<T>::capacity, Geometry<T>::head_dim, Geometry<T>::group,
+      Geometry<T>::rows;
   struct Strip {
     int64_t segment, begin, end;  // key tiles
     int64_t dq;                   // its first block of dq
@@ -253,11 +137,12 @@ struct Backward : Geometry<T> {
   std::vector<Strip> strips;
   int64_t dq_blocks = 0;
   A *keys_plain = nullptr, *keys_turned = nullptr, *values_turned = nullptr;  // [key tiles, kv_heads, key_block]
-  A *q = nullptr, *g = nullptr, *dq = nullptr;  // scaled queries, output gradient [query tiles, kv_heads, query_block]; dq once a strip
-  A* statistics = nullptr;                      // [query tiles, kv_heads, 2, capacity] lse and delta
+  A *q = nullptr, *g = nullptr,
+    *dq = nullptr;          // scaled queries, output gradient [query tiles, kv_heads, query_block]; dq once a strip
+  A* statistics = nullptr;  // [query tiles, kv_heads, 2, capacity] lse and delta
 
-  Backward(T* dx, const T* d, const T* o, const A* l, const T* x, const AttentionShape& s, const Segment* segments, int64_t count,
-           int64_t stream_rows)
+  Backward(T* dx, const T* d, const T* o, const A* l, const T* x, const AttentionShape& s, const Segment* segments,
+           int64_t count, int64_t stream_rows)
       : Geometry<T>(s, segments, count, stream_rows), dqkv(dx), dout(d), out(o), lse(l), qkv(x) {
     constexpr int64_t enough_tasks = 64, most_strips = 8, least_tiles = 4;
     const int64_t wanted = std::clamp<int64_t>(enough_tasks / std::max<int64_t>(1, count * s.kv_heads), 1, most_strips);
@@ -275,9 +160,10 @@ struct Backward : Geometry<T> {
 
   void reserve(Scratch& shared) {
     const int64_t key_entries = this->key_tiles() * shape.kv_heads * this->key_block();
-    const int64_t query_blocks = this->query_tiles() * shape.kv_heads, query_entries = query_blocks * this->query_block();
-    A* next = shared.reserve<A>(static_cast<size_t>(3 * key_entries + 2 * query_entries + dq_blocks * this->query_block() +
-                                                    2 * query_blocks * capacity));
+    const int64_t query_blocks = this->query_tiles() * shape.kv_heads,
+                  query_entries = query_blocks * this->query_block();
+    A* next = shared.reserve<A>(static_cast<size_t>(3 * key_entries + 2 * query_entries +
+                                                    dq_blocks * this->query_block() + 2 * query_blocks * capacity));
     const auto take = [&](int64_t entries) { return std::exchange(next, next + entries); };
     keys_plain = take(key_entries), keys_turned = take(key_entries), values_turned = take(key_entries);
     q = take(query_entries), g = take(query_entries), dq = take(dq_blocks * this->query_block());
@@ -315,7 +201,9 @@ struct Backward : Geometry<T> {
     A *probabilities = work, *dscores = probabilities + capacity * key_tile;
     A *dk = dscores + capacity * key_tile, *dv = dk + this->key_block();
     const int64_t first = this->queries.first[strip.segment], last = this->queries.first[strip.segment + 1];
-    const auto dq_of = [&](int64_t i) { return dq + (strip.dq + (i - first) * shape.kv_heads + kv_head) * this->query_block(); };
+    const auto dq_of = [&](int64_t i) {
+      return dq + (strip.dq + (i - first) * shape.kv_heads + kv_head) * this->query_block();
+    };
     for (int64_t i = first; i < last; ++i) std::fill(dq_of(i), dq_of(i) + this->query_block(), A(0));
     for (int64_t k = strip.begin; k < strip.end; ++k) {
       const Tile& key = this->keys.tiles[k];
@@ -327,8 +215,10 @@ struct Backward : Geometry<T> {
         const int64_t index = i * shape.kv_heads + kv_head, count = tile.count * group;
         const int64_t columns = std::min<int64_t>(key.count, tile.last() - key.position + 1);
         const A *queries = q + index * this->query_block(), *gradient = g + index * this->query_block();
-        multiply_tile(probabilities, key_tile, queries, width, 1, keys_turned + block, key_tile, count, columns, head_dim, false);
-        multiply_tile(dscores, key_tile, gradient, width, 1, values_turned + block, key_tile, count, columns, head_dim, false);
+        multiply_tile(probabilities, key_tile, queries, width, 1, keys_turned + block, key_tile, count, columns,
+                      head_dim, false);
+        multiply_tile(dscores, key_tile, gradient, width, 1, values_turned + block, key_tile, count, columns, head_dim,
+                      false);
         differentiate(probabilities, dscores, statistics + index * 2 * capacity, tile, key, columns);
         multiply_tile(dv, width, probabilities, 1, key_tile, gradient, width, columns, head_dim, count, true);
         multiply_tile(dk, width, dscores, 1, key_tile, queries, width, columns, head_dim, count, true);
@@ -345,8 +235,10 @@ struct Backward : Geometry<T> {
   }
 
   // Scores -> probabilities, dP -> dS, in place.
-  void differentiate(A* scores, A* dscores, const A* lse_and_delta, const Tile& tile, const Tile& key, int64_t columns) const {
-    const int64_t padded = round_up(columns, std::max(lanes<A>, block_rows));  // columns that dK and dV read: none undefined
+  void differentiate(A* scores, A* dscores, const A* lse_and_delta, const Tile& tile, const Tile& key,
+                     int64_t columns) const {
+    const int64_t padded =
+        round_up(columns, std::max(lanes<A>, block_rows));  // columns that dK and dV read: none undefined
     for (int64_t r = 0; r < tile.count * group; ++r) {
       const Visible visible(tile.position + r % tile.count, key, columns, shape.window);
       const bool whole = visible.whole(padded);
@@ -366,7 +258,8 @@ struct Backward : Geometry<T> {
     const int64_t kv_head = index % shape.kv_heads, tile_index = index / shape.kv_heads;
     const Tile& tile = this->queries.tiles[tile_index];
     const int64_t segment = this->segment_of_query_tile(tile_index);
-    const int64_t block = ((tile_index - this->queries.first[segment]) * shape.kv_heads + kv_head) * this->query_block();
+    const int64_t block =
+        ((tile_index - this->queries.first[segment]) * shape.kv_heads + kv_head) * this->query_block();
     const auto [begin, end] = std::equal_range(strips.begin(), strips.end(), Strip{segment, 0, 0, 0},
                                                [](const Strip& a, const Strip& b) { return a.segment < b.segment; });
     for (int64_t r = 0; r < tile.count * group; ++r) {
@@ -374,7 +267,8 @@ struct Backward : Geometry<T> {
       T* to = dqkv + (tile.row + r % tile.count) * this->qkv_pitch() + head * head_dim;
       for_vectors<A>(head_dim, [&](int64_t i, auto n) {
         Vector<A> sum{};
-        for (auto strip = begin; strip != end; ++strip) sum += load(dq + strip->dq * this->query_block() + block + r * width + i);
+        for (auto strip = begin; strip != end; ++strip)
+          sum += load(dq + strip->dq * this->query_block() + block + r * width + i);
         store(to + i, sum * A(shape.scale), n);
       });
     }
@@ -382,8 +276,7 @@ struct Backward : Geometry<T> {
 };
 
 // body(task, this thread's memory) for every task, dealt as threads become free.
-template <class A, class Body>
-void for_tasks(int64_t tasks, Scratch& scratch, int64_t thread_entries, Body&& body) {
+template <class A, class Body> void for_tasks(int64_t tasks, Scratch& scratch, int64_t thread_entries, Body&& body) {
   const int64_t stride = round_up(thread_entries, 64 / static_cast<int64_t>(sizeof(A)));
   A* memory = scratch.reserve<A>(static_cast<size_t>(stride * omp_get_max_threads()));
 #pragma omp parallel for schedule(dynamic, 1)
@@ -392,7 +285,8 @@ void for_tasks(int64_t tasks, Scratch& scratch, int64_t thread_entries, Body&& b
 
 }  // namespace
 
-void CpuBackend::attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) {
+void CpuBackend::attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
+                                   const AttentionShape& shape) {
   shapes::attention("attention_forward", qkv, out, lse, batch, shape);
   const Segment* segments = segments_of("attention_forward", batch, qkv.rows());
   if (!tiles_) tiles_ = std::make_shared<AttentionTiles>();
@@ -411,16 +305,16 @@ void CpuBackend::attention_forward(const Tensor& out, const Tensor& lse, const T
   });
 }
 
-void CpuBackend::attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv,
-                                    const DeviceBatch& batch, const AttentionShape& shape) {
+void CpuBackend::attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                                    const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) {
   shapes::attention_backward(dqkv, dout, out, lse, qkv, batch, shape);
   const Segment* segments = segments_of("attention_backward", batch, qkv.rows());
   if (!tiles_) tiles_ = std::make_shared<AttentionTiles>();
   with_dtype("attention_backward", qkv.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
-    Backward<T> backward(dqkv.as<T>(), dout.as<const T>(), out.as<const T>(), lse.as<const A>(), qkv.as<const T>(), shape, segments,
-                         batch.segments.rows(), qkv.rows());
+    Backward<T> backward(dqkv.as<T>(), dout.as<const T>(), out.as<const T>(), lse.as<const A>(), qkv.as<const T>(),
+                         shape, segments, batch.segments.rows(), qkv.rows());
     backward.reserve(tiles_->shared);
     for_rows(backward.key_tiles() * shape.kv_heads, [&](int64_t index) { backward.unpack_keys(index); });
     for_rows(backward.query_tiles() * shape.kv_heads, [&](int64_t index) { backward.unpack_query_tile(index); });

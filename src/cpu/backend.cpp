@@ -24,9 +24,11 @@ void* CpuBackend::allocate(int64_t bytes) {
   const int64_t alignment = bytes >= 2 * huge_page ? huge_page : cache_line;
   const int64_t rounded = std::max(alignment, (bytes + alignment - 1) / alignment * alignment);
   const int64_t physical = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-  void* memory = rounded > physical ? nullptr : std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded));
+  void* memory =
+      rounded > physical ? nullptr : std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded));
   if (!memory)
-    fail_machine("the machine has no ", bytes, " bytes of memory (", physical, " in all); use fewer --micro-tokens or a smaller model");
+    fail_machine("the machine has no ", bytes, " bytes of memory (", physical,
+                 " in all); use fewer --micro-tokens or a smaller model");
   if (alignment == huge_page) madvise(memory, static_cast<size_t>(rounded), MADV_HUGEPAGE);
   return memory;
 }
@@ -57,7 +59,8 @@ void CpuBackend::convert(const Tensor& out, const Tensor& in) {
       using From = decltype(from);
       for_rows((in.elements() + block - 1) / block, [&](int64_t b) {
         const int64_t end = std::min(in.elements(), (b + 1) * block);
-        for (int64_t i = b * block; i < end; ++i) out.as<To>()[i] = To(static_cast<Accumulator<From>>(in.as<From>()[i]));
+        for (int64_t i = b * block; i < end; ++i)
+          out.as<To>()[i] = To(static_cast<Accumulator<From>>(in.as<From>()[i]));
       });
     });
   });

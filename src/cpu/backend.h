@@ -24,30 +24,31 @@ class CpuBackend final : public Backend {
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override;
   void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens) override;
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override;
-  void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout, const Tensor& in,
-                       const Tensor& weight) override;
-  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual, const Tensor& branch,
-                    const Tensor& weight, double epsilon) override;
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum, const Tensor& rstd,
-                     const Tensor& weight) override;
+  void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
+                       const Tensor& in, const Tensor& weight) override;
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
+                    const Tensor& branch, const Tensor& weight, double epsilon) override;
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
+                     const Tensor& rstd, const Tensor& weight) override;
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override;
   void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape) override;
   void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
                          const AttentionShape& shape) override;
-  void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv,
-                          const DeviceBatch& batch, const AttentionShape& shape) override;
+  void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                          const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override;
   void activation_forward(const Tensor& out, const Tensor& gate_up) override;
   void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) override;
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override;
   void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows) override;
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) override;
-  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets, Objective objective,
-                  double lambda, const Normalisers& normalisers, bool nll_includes_prompt) override;
-  void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp, const Tensor& coefficient,
-                     const Tensor& target_tokens) override;
+  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+                  Objective objective, double lambda, const Normalisers& normalisers,
+                  bool nll_includes_prompt) override;
+  void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
+                     const Tensor& coefficient, const Tensor& target_tokens) override;
   double sum_of_squares(const Tensor& gradient) override;
-  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second, const Tensor& gradient,
-             const AdamW& settings) override;
+  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
+             const Tensor& gradient, const AdamW& settings) override;
 
  private:
   struct MatrixProducts;  // linear.cpp: oneDNN primitives by shape

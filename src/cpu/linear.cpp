@@ -1,4 +1,5 @@
-// Linear layers: matrix products by oneDNN in fp32 and bf16, by a plain loop in fp64 (which exists for gradient checks).
+// Linear layers: matrix products by oneDNN in fp32 and bf16, by a plain loop in fp64 (which exists for gradient
+// checks).
 #include <dnnl.hpp>
 
 #include <array>
@@ -21,14 +22,16 @@ struct Matrix {
   DType dtype;
   int64_t rows, columns, row_stride, column_stride;
 
-  Matrix(const Tensor& t) : data(t.data), dtype(t.dtype), rows(t.rows()), columns(t.columns()), row_stride(t.pitch()), column_stride(1) {}
+  Matrix(const Tensor& t)
+      : data(t.data), dtype(t.dtype), rows(t.rows()), columns(t.columns()), row_stride(t.pitch()), column_stride(1) {}
   Matrix transposed() const {
     Matrix t = *this;
     std::swap(t.rows, t.columns), std::swap(t.row_stride, t.column_stride);
     return t;
   }
   dnnl::memory::desc description() const {
-    return {{rows, columns}, dtype == DType::bf16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32,
+    return {{rows, columns},
+            dtype == DType::bf16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32,
             dnnl::memory::dims{row_stride, column_stride}};
   }
 };
@@ -61,7 +64,8 @@ Matrix widened(Matrix m, float* memory) {
   if (turned) m = m.transposed();
   for_rows(m.rows, [&](int64_t row) {
     const bf16* from = static_cast<const bf16*>(m.data) + row * m.row_stride;
-    for_vectors<float>(m.columns, [&](int64_t i, auto n) { store(memory + row * m.columns + i, load(from + i, n), n); });
+    for_vectors<float>(m.columns,
+                       [&](int64_t i, auto n) { store(memory + row * m.columns + i, load(from + i, n), n); });
   });
   m.data = memory, m.dtype = DType::f32, m.row_stride = m.columns;
   return turned ? m.transposed() : m;
@@ -69,8 +73,8 @@ Matrix widened(Matrix m, float* memory) {
 
 }  // namespace
 
-// oneDNN primitives by the shapes, strides and dtypes of a product. Row counts vary from one micro-batch to the next; a primitive takes a fraction
-// of a millisecond to make, so the cache is bounded by starting over.
+// oneDNN primitives by the shapes, strides and dtypes of a product. Row counts vary from one micro-batch to the next; a
+// primitive takes a fraction of a millisecond to make, so the cache is bounded by starting over.
 struct CpuBackend::MatrixProducts {
   using Key = std::array<int64_t, 13>;
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
@@ -79,8 +83,9 @@ struct CpuBackend::MatrixProducts {
   Scratch wide_a, wide_b, wide_c;
 
   const dnnl::matmul& primitive(const Matrix& c, const Matrix& a, const Matrix& b, bool bias, bool accumulate) {
-    const Key key{c.rows, c.columns, a.columns, a.row_stride, a.column_stride, b.row_stride, b.column_stride, c.row_stride,
-                  int64_t(a.dtype), int64_t(b.dtype), int64_t(c.dtype), bias, accumulate};
+    const Key key{c.rows,          c.columns,    a.columns,        a.row_stride,     a.column_stride,  b.row_stride,
+                  b.column_stride, c.row_stride, int64_t(a.dtype), int64_t(b.dtype), int64_t(c.dtype), bias,
+                  accumulate};
     if (const auto found = primitives.find(key); found != primitives.end()) return found->second;
     constexpr size_t most = 1024;
     if (primitives.size() >= most) primitives.clear();
@@ -93,12 +98,14 @@ struct CpuBackend::MatrixProducts {
     const dnnl::memory::desc bias_row({1, c.columns}, a.description().data_type(), dnnl::memory::dims{c.columns, 1});
     const auto product = bias ? dnnl::matmul::desc(a.description(), b.description(), bias_row, c.description())
                               : dnnl::matmul::desc(a.description(), b.description(), c.description());
-    return primitives.emplace(key, dnnl::matmul(dnnl::matmul::primitive_desc(product, attributes, engine))).first->second;
+    return primitives.emplace(key, dnnl::matmul(dnnl::matmul::primitive_desc(product, attributes, engine)))
+        .first->second;
   }
 
   void run(const Matrix& c, const Matrix& a, const Matrix& b, const void* bias, bool accumulate) {
     const auto memory = [&](const Matrix& m) { return dnnl::memory(m.description(), engine, m.data); };
-    std::unordered_map<int, dnnl::memory> arguments{{DNNL_ARG_SRC, memory(a)}, {DNNL_ARG_WEIGHTS, memory(b)}, {DNNL_ARG_DST, memory(c)}};
+    std::unordered_map<int, dnnl::memory> arguments{
+        {DNNL_ARG_SRC, memory(a)}, {DNNL_ARG_WEIGHTS, memory(b)}, {DNNL_ARG_DST, memory(c)}};
     if (bias) {
       const dnnl::memory::desc row({1, c.columns}, a.description().data_type(), dnnl::memory::dims{c.columns, 1});
       arguments.emplace(DNNL_ARG_BIAS, dnnl::memory(row, engine, const_cast<void*>(bias)));
@@ -129,11 +136,12 @@ struct CpuBackend::MatrixProducts {
     if (c.rows == 0 || c.columns == 0 || (a.columns == 0 && accumulate)) return;
     if (c.dtype == DType::f64) return multiply_in_double(c, a, b, static_cast<const double*>(bias), accumulate);
     try {
-      if (a.dtype == DType::bf16 && !machine_has_bf16()) return run_widened(c, a, b, static_cast<const bf16*>(bias), accumulate);
+      if (a.dtype == DType::bf16 && !machine_has_bf16())
+        return run_widened(c, a, b, static_cast<const bf16*>(bias), accumulate);
       run(c, a, b, bias, accumulate);
     } catch (const dnnl::error& e) {
-      fail_machine("oneDNN refused a product of [", a.rows, ", ", a.columns, "] and [", b.rows, ", ", b.columns, "] ", dtype_name(a.dtype),
-                   ": ", e.what());
+      fail_machine("oneDNN refused a product of [", a.rows, ", ", a.columns, "] and [", b.rows, ", ", b.columns, "] ",
+                   dtype_name(a.dtype), ": ", e.what());
     }
   }
 };
@@ -144,8 +152,8 @@ void CpuBackend::linear_forward(const Tensor& out, const Tensor& in, const Tenso
   products_->multiply(out, in, Matrix(weight).transposed(), bias.data, false);
 }
 
-void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout, const Tensor& in,
-                                 const Tensor& weight) {
+void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
+                                 const Tensor& in, const Tensor& weight) {
   shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   if (!products_) products_ = std::make_shared<MatrixProducts>();
   if (din) products_->multiply(din, dout, weight, nullptr, false);
@@ -157,7 +165,8 @@ void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const
     add_row_blocks(dbias.as<A>(), dout.rows(), dout.columns(), [&](A* partial, int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* from = dout.as<const T>() + row * dout.pitch();
-        for_vectors<A>(dout.columns(), [&](int64_t i, auto n) { store(partial + i, load(partial + i, n) + load(from + i, n), n); });
+        for_vectors<A>(dout.columns(),
+                       [&](int64_t i, auto n) { store(partial + i, load(partial + i, n) + load(from + i, n), n); });
       }
     });
   });

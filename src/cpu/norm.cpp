@@ -10,7 +10,8 @@ using namespace cpu;
 namespace {
 
 template <class T>
-void forward_row(T* out, T* sum, Accumulator<T>* rstd, const T* residual, const T* branch, const T* weight, int64_t width, double epsilon) {
+void forward_row(T* out, T* sum, Accumulator<T>* rstd, const T* residual, const T* branch, const T* weight,
+                 int64_t width, double epsilon) {
   using A = Accumulator<T>;
   Vector<A> squares{};
   for_vectors<A>(width, [&](int64_t i, auto n) {
@@ -29,7 +30,8 @@ void forward_row(T* out, T* sum, Accumulator<T>* rstd, const T* residual, const 
 
 // With x^ = sum * rstd and g = dout * weight:  dsum += rstd * (g - x^ * mean(g * x^)),  dweight += dout * x^.
 template <class T>
-void backward_row(T* dsum, Accumulator<T>* dweight, const T* dout, const T* sum, Accumulator<T> rstd, const T* weight, int64_t width) {
+void backward_row(T* dsum, Accumulator<T>* dweight, const T* dout, const T* sum, Accumulator<T> rstd, const T* weight,
+                  int64_t width) {
   using A = Accumulator<T>;
   Vector<A> products{};
   for_vectors<A>(width, [&](int64_t i, auto n) {
@@ -46,8 +48,8 @@ void backward_row(T* dsum, Accumulator<T>* dweight, const T* dout, const T* sum,
 
 }  // namespace
 
-void CpuBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual, const Tensor& branch,
-                              const Tensor& weight, double epsilon) {
+void CpuBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
+                              const Tensor& branch, const Tensor& weight, double epsilon) {
   shapes::norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
   with_dtype("norm_forward", out.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -60,8 +62,8 @@ void CpuBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tensor
   });
 }
 
-void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum, const Tensor& rstd,
-                               const Tensor& weight) {
+void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
+                               const Tensor& rstd, const Tensor& weight) {
   shapes::norm_backward(dsum, dweight, dout, sum, rstd, weight);
   with_dtype("norm_backward", sum.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -70,8 +72,8 @@ void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const 
     add_row_blocks(dweight.as<A>(), sum.rows(), width, [&](A* partial, int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t at = row * width;
-        backward_row(dsum.as<T>() + at, partial, dout.as<const T>() + at, sum.as<const T>() + at, rstd.as<const A>()[row],
-                     weight.as<const T>(), width);
+        backward_row(dsum.as<T>() + at, partial, dout.as<const T>() + at, sum.as<const T>() + at,
+                     rstd.as<const A>()[row], weight.as<const T>(), width);
       }
     });
   });

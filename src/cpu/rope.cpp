@@ -9,10 +9,10 @@ namespace orpo {
 
 using namespace cpu;
 
-// Cosines and sines of position * theta^(-2 i / rotary_dim) for the positions seen so far: [positions][2][rotary_dim / 2], angles in double.
+// Cosines and sines of position * theta^(-2 i / rotary_dim) for the positions seen so far: [positions][2][rotary_dim /
+// 2], angles in double.
 struct CpuBackend::RotaryTables {
-  template <class A>
-  struct Table {
+  template <class A> struct Table {
     int rotary_dim = 0;
     double theta = 0;
     std::vector<A> values;
@@ -20,13 +20,15 @@ struct CpuBackend::RotaryTables {
     void cover(const RopeShape& shape, int64_t positions) {
       if (rotary_dim != shape.rotary_dim || theta != shape.theta) values.clear();
       rotary_dim = shape.rotary_dim, theta = shape.theta;
-      const int64_t half = rotary_dim / 2, begin = static_cast<int64_t>(values.size()) / std::max<int64_t>(rotary_dim, 1);
+      const int64_t half = rotary_dim / 2,
+                    begin = static_cast<int64_t>(values.size()) / std::max<int64_t>(rotary_dim, 1);
       if (begin >= positions) return;
       values.resize(static_cast<size_t>(positions * rotary_dim));
       for_rows(positions - begin, [&](int64_t n) {
         A* row = values.data() + (begin + n) * rotary_dim;
         for (int64_t i = 0; i < half; ++i) {
-          const double angle = static_cast<double>(begin + n) * std::pow(theta, -2.0 * static_cast<double>(i) / rotary_dim);
+          const double angle =
+              static_cast<double>(begin + n) * std::pow(theta, -2.0 * static_cast<double>(i) / rotary_dim);
           row[i] = static_cast<A>(std::cos(angle));
           row[half + i] = static_cast<A>(std::sin(angle));
         }
@@ -35,10 +37,11 @@ struct CpuBackend::RotaryTables {
   };
   Table<float> f32;
   Table<double> f64;
-  template <class A>
-  Table<A>& of() {
-    if constexpr (std::is_same_v<A, double>) return f64;
-    else return f32;
+  template <class A> Table<A>& of() {
+    if constexpr (std::is_same_v<A, double>)
+      return f64;
+    else
+      return f32;
   }
 };
 
@@ -46,10 +49,12 @@ namespace {
 
 // (a, b) -> (a cos - b sin, b cos + a sin) for each pair (i, i + half) of a head.
 template <class T>
-void rotate_head(T* head, const Accumulator<T>* cosine, const Accumulator<T>* sine, int64_t half, Accumulator<T> direction) {
+void rotate_head(T* head, const Accumulator<T>* cosine, const Accumulator<T>* sine, int64_t half,
+                 Accumulator<T> direction) {
   using A = Accumulator<T>;
   for_vectors<A>(half, [&](int64_t i, auto n) {
-    const Vector<A> a = load(head + i, n), b = load(head + half + i, n), c = load(cosine + i, n), s = load(sine + i, n) * direction;
+    const Vector<A> a = load(head + i, n), b = load(head + half + i, n), c = load(cosine + i, n),
+                    s = load(sine + i, n) * direction;
     store(head + i, a * c - b * s, n);
     store(head + half + i, b * c + a * s, n);
   });
@@ -57,7 +62,8 @@ void rotate_head(T* head, const Accumulator<T>* cosine, const Accumulator<T>* si
 
 // direction 1 rotates, -1 rotates back.
 template <class Tables>
-void rotate(const char* op, Tables& tables, const Tensor& qkv, const Tensor& positions, const RopeShape& shape, int direction) {
+void rotate(const char* op, Tables& tables, const Tensor& qkv, const Tensor& positions, const RopeShape& shape,
+            int direction) {
   shapes::rope(op, qkv, positions, shape);
   const int32_t* position = positions.as<const int32_t>();
   const int64_t rows = qkv.rows(), half = shape.rotary_dim / 2;
@@ -72,7 +78,8 @@ void rotate(const char* op, Tables& tables, const Tensor& qkv, const Tensor& pos
     for_rows(rows, [&](int64_t row) {
       const A* cosine = table.values.data() + position[row] * shape.rotary_dim;
       for (int head = 0; head < shape.heads + shape.kv_heads; ++head)
-        rotate_head(qkv.as<T>() + row * qkv.columns() + int64_t{head} * shape.head_dim, cosine, cosine + half, half, A(direction));
+        rotate_head(qkv.as<T>() + row * qkv.columns() + int64_t{head} * shape.head_dim, cosine, cosine + half, half,
+                    A(direction));
     });
   });
 }

@@ -18,13 +18,13 @@ inline void copy_rows(const Tensor& out, const Tensor& table, const Tensor& indi
   const int64_t bytes = out.columns() * dtype_bytes(out.dtype);
   for_rows(out.rows(), [&](int64_t row) {
     std::memcpy(static_cast<char*>(out.data) + row * bytes,
-                static_cast<const char*>(table.data) + indices.as<const int32_t>()[row] * bytes, static_cast<size_t>(bytes));
+                static_cast<const char*>(table.data) + indices.as<const int32_t>()[row] * bytes,
+                static_cast<size_t>(bytes));
   });
 }
 
 // table[indices[i]] += rows[i], in the order of i. Each thread owns columns, so equal indices meet in that order.
-template <class To, class From>
-void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices) {
+template <class To, class From> void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices) {
   using A = Accumulator<From>;
   const int64_t width = rows.columns(), count = rows.rows();
   const int32_t* index = indices.as<const int32_t>();

@@ -10,9 +10,9 @@ namespace orpo::cpu {
 
 class Scratch {
  public:
-  // Room for count entries of A, 64-byte aligned; contents finite but otherwise undefined. Invalidates what was handed out before.
-  template <class A>
-  A* reserve(size_t count) {
+  // Room for count entries of A, 64-byte aligned; contents finite but otherwise undefined. Invalidates what was handed
+  // out before.
+  template <class A> A* reserve(size_t count) {
     const size_t bytes = (count * sizeof(A) + 63) / 64 * 64;
     if (bytes > bytes_ || sizeof(A) != entry_bytes_) {
       bytes_ = bytes > bytes_ ? bytes : bytes_;

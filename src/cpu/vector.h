@@ -1,5 +1,5 @@
-// Vectors of the machine's width, rows for threads: what the CPU rooms share. A room reads and writes T (float, bf16 or double) and computes in
-// the vector of its accumulation type A (float, float, double).
+// Vectors of the machine's width, rows for threads: what the CPU rooms share. A room reads and writes T (float, bf16 or
+// double) and computes in the vector of its accumulation type A (float, float, double).
 #pragma once
 
 #include <algorithm>
@@ -44,13 +44,16 @@ typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
 typedef uint16_t HalfWords __attribute__((vector_size(vector_bytes / 2)));
 
 // Calls body with T's zero for the tensor's dtype: the one switch of a launcher.
-template <class Body>
-void with_dtype(const char* op, DType dtype, Body&& body) {
+template <class Body> void with_dtype(const char* op, DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::f32: return body(float{});
-    case DType::bf16: return body(bf16{});
-    case DType::f64: return body(double{});
-    default: fail_machine(op, ": needs fp32, bf16 or fp64; got ", dtype_name(dtype));
+    case DType::f32:
+      return body(float{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::f64:
+      return body(double{});
+    default:
+      fail_machine(op, ": needs fp32, bf16 or fp64; got ", dtype_name(dtype));
   }
 }
 
@@ -58,19 +61,17 @@ void with_dtype(const char* op, DType dtype, Body&& body) {
 template <class A> using Full = std::integral_constant<int, lanes<A>>;
 
 // body(i, count) over n entries in steps of a vector of A; count is Full<A> but for the tail.
-template <class A, class Body>
-inline void for_vectors(int64_t n, Body&& body) {
+template <class A, class Body> inline void for_vectors(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + lanes<A> <= n; i += lanes<A>) body(i, Full<A>{});
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
-template <class A>
-inline Vector<A> splat(A value) {
-  return value - Vector<A>{};
-}
+template <class A> inline Vector<A> splat(A value) { return value - Vector<A>{}; }
 
-inline Vector<float> widen(HalfWords h) { return std::bit_cast<Vector<float>>(__builtin_convertvector(h, Words) << 16); }
+inline Vector<float> widen(HalfWords h) {
+  return std::bit_cast<Vector<float>>(__builtin_convertvector(h, Words) << 16);
+}
 
 // As bf16's constructor, a vector at a time.
 inline HalfWords narrow(Vector<float> value) {
@@ -80,8 +81,7 @@ inline HalfWords narrow(Vector<float> value) {
   return __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded, HalfWords);
 }
 
-template <class T>
-inline Vector<Accumulator<T>> load(const T* p) {
+template <class T> inline Vector<Accumulator<T>> load(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
     HalfWords h;
     std::memcpy(&h, p, sizeof h);
@@ -93,8 +93,7 @@ inline Vector<Accumulator<T>> load(const T* p) {
   }
 }
 
-template <class T>
-inline void store(T* p, Vector<Accumulator<T>> v) {
+template <class T> inline void store(T* p, Vector<Accumulator<T>> v) {
   if constexpr (std::is_same_v<T, bf16>) {
     const HalfWords h = narrow(v);
     std::memcpy(p, &h, sizeof h);
@@ -104,8 +103,7 @@ inline void store(T* p, Vector<Accumulator<T>> v) {
 }
 
 // The first count entries; the rest of the vector is 0.
-template <class T, class Count>
-inline Vector<Accumulator<T>> load(const T* p, Count count) {
+template <class T, class Count> inline Vector<Accumulator<T>> load(const T* p, Count count) {
   if constexpr (std::is_same_v<Count, int>) {
     T tail[lanes<Accumulator<T>>] = {};
     std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
@@ -115,8 +113,7 @@ inline Vector<Accumulator<T>> load(const T* p, Count count) {
   }
 }
 
-template <class T, class Count>
-inline void store(T* p, Vector<Accumulator<T>> v, Count count) {
+template <class T, class Count> inline void store(T* p, Vector<Accumulator<T>> v, Count count) {
   if constexpr (std::is_same_v<Count, int>) {
     T tail[lanes<Accumulator<T>>];
     store(tail, v);
@@ -126,14 +123,10 @@ inline void store(T* p, Vector<Accumulator<T>> v, Count count) {
   }
 }
 
-template <class V>
-inline V maximum(V a, V b) {
-  return a > b ? a : b;
-}
+template <class V> inline V maximum(V a, V b) { return a > b ? a : b; }
 
 // All lanes by halves: (v0 op v_half), ..., always in the same order.
-template <class V, class Op, int... Low>
-inline auto fold_halves(V v, Op op, std::integer_sequence<int, Low...>) {
+template <class V, class Op, int... Low> inline auto fold_halves(V v, Op op, std::integer_sequence<int, Low...>) {
   constexpr int half = sizeof...(Low);
   if constexpr (half == 1) {
     return op(v[0], v[1]);
@@ -143,18 +136,17 @@ inline auto fold_halves(V v, Op op, std::integer_sequence<int, Low...>) {
   }
 }
 
-template <class A>
-inline A sum_lanes(Vector<A> v) {
-  return fold_halves(v, [](auto a, auto b) { return a + b; }, std::make_integer_sequence<int, lanes<A> / 2>{});
+template <class A> inline A sum_lanes(Vector<A> v) {
+  return fold_halves(
+      v, [](auto a, auto b) { return a + b; }, std::make_integer_sequence<int, lanes<A> / 2>{});
 }
 
-template <class A>
-inline A maximum_of_lanes(Vector<A> v) {
-  return fold_halves(v, [](auto a, auto b) { return maximum(a, b); }, std::make_integer_sequence<int, lanes<A> / 2>{});
+template <class A> inline A maximum_of_lanes(Vector<A> v) {
+  return fold_halves(
+      v, [](auto a, auto b) { return maximum(a, b); }, std::make_integer_sequence<int, lanes<A> / 2>{});
 }
 
-template <class A>
-inline Vector<A> square_root(Vector<A> x) {
+template <class A> inline Vector<A> square_root(Vector<A> x) {
   A values[lanes<A>];
   std::memcpy(values, &x, sizeof x);
 #pragma omp simd
@@ -163,8 +155,8 @@ inline Vector<A> square_root(Vector<A> x) {
   return x;
 }
 
-// exp to 2 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!, 2^k in two factors so that subnormal results keep their
-// digits. 0 far below, infinity above, NaN stays.
+// exp to 2 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!, 2^k in two factors so that
+// subnormal results keep their digits. 0 far below, infinity above, NaN stays.
 inline Vector<float> exponential(Vector<float> x) {
   constexpr float log2_e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   constexpr float to_integer = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
@@ -195,25 +187,23 @@ inline Vector<double> exponential(Vector<double> x) {
 }
 
 // body(row) for every row, rows dealt to threads in equal runs.
-template <class Body>
-void for_rows(int64_t rows, Body&& body) {
+template <class Body> void for_rows(int64_t rows, Body&& body) {
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; ++row) body(row);
 }
 
-// body(begin, count) over columns in blocks of a few cache lines, blocks dealt to threads. For sums over rows in row order: each thread owns
-// its columns, so there is no lock and no dependence on the number of threads.
-template <class Body>
-void for_column_blocks(int64_t columns, Body&& body) {
+// body(begin, count) over columns in blocks of a few cache lines, blocks dealt to threads. For sums over rows in row
+// order: each thread owns its columns, so there is no lock and no dependence on the number of threads.
+template <class Body> void for_column_blocks(int64_t columns, Body&& body) {
   constexpr int64_t block = 64;
 #pragma omp parallel for schedule(static)
   for (int64_t begin = 0; begin < columns; begin += block) body(begin, std::min(block, columns - begin));
 }
 
-// total[width] += sum over rows, in an order that is fixed whatever the number of threads: body(partial, begin, end) adds rows [begin, end)
-// of a fixed block to its own zeroed partial[width]; the partials are then added block after block.
-template <class A, class Body>
-void add_row_blocks(A* total, int64_t rows, int64_t width, Body&& body) {
+// total[width] += sum over rows, in an order that is fixed whatever the number of threads: body(partial, begin, end)
+// adds rows [begin, end) of a fixed block to its own zeroed partial[width]; the partials are then added block after
+// block.
+template <class A, class Body> void add_row_blocks(A* total, int64_t rows, int64_t width, Body&& body) {
   constexpr int64_t block = 64;
   const int64_t blocks = (rows + block - 1) / block;
   std::vector<A> partials(static_cast<size_t>(blocks * width));
