@@ -12,7 +12,9 @@
 namespace orpo {
 namespace {
 
-constexpr int64_t chunk_elements = 1 << 20;  // 4 MB of fp32: what is converted is still in the cache when the device takes it
+// Small chunks are still in the cache when the device or the file takes them. A team of threads pays only where a tensor is large.
+constexpr int64_t small_chunk = 1 << 18, large_chunk = 1 << 22, large_tensor = 1 << 24;
+int64_t chunk_of(int64_t elements) { return elements < large_tensor ? std::min(elements, small_chunk) : large_chunk; }
 
 template <class Value> Value load(const std::byte* at) {  // tensors in a file need not be aligned
   Value value;
@@ -21,7 +23,7 @@ template <class Value> Value load(const std::byte* at) {  // tensors in a file n
 }
 
 template <class Out, class In> void convert_values(std::byte* out, const std::byte* in, int64_t n) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (n >= large_chunk)
   for (int64_t i = 0; i < n; ++i) {
     const Out value(static_cast<float>(load<In>(in + i * sizeof(In))));
     std::memcpy(out + i * sizeof(Out), &value, sizeof value);
@@ -77,10 +79,10 @@ f16::operator float() const {
 void read_values(const Tensor& target, const StoredTensor& stored, Backend& backend) {
   REQUIRE_SHAPE("read_values", stored.dtype && target.elements() == stored.elements(), stored.name, " has ", stored.elements(), " elements");
   if (same(target.dtype, *stored.dtype)) return backend.upload(target, stored.data.data());
-  const int64_t n = target.elements(), in_bytes = stored_dtype_bytes(*stored.dtype);
-  std::vector<std::byte> staging(std::min(n, chunk_elements) * dtype_bytes(target.dtype));
-  for (int64_t begin = 0; begin < n; begin += chunk_elements) {
-    const int64_t count = std::min(chunk_elements, n - begin);
+  const int64_t n = target.elements(), chunk = chunk_of(n), in_bytes = stored_dtype_bytes(*stored.dtype);
+  std::vector<std::byte> staging(chunk * dtype_bytes(target.dtype));
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    const int64_t count = std::min(chunk, n - begin);
     with_type(target.dtype, [&](auto out) {
       with_type(*stored.dtype, [&](auto in) {
         convert_values<typename decltype(out)::type, typename decltype(in)::type>(staging.data(), stored.data.data() + begin * in_bytes, count);
@@ -91,10 +93,10 @@ void read_values(const Tensor& target, const StoredTensor& stored, Backend& back
 }
 
 void write_values(SafetensorsWriter& writer, const Tensor& source, StoredDType dtype, const std::string& name, Backend& backend) {
-  const int64_t n = source.elements();
-  std::vector<std::byte> device(std::min(n, chunk_elements) * dtype_bytes(source.dtype)), rounded;
-  for (int64_t begin = 0; begin < n; begin += chunk_elements) {
-    const int64_t count = std::min(chunk_elements, n - begin);
+  const int64_t n = source.elements(), chunk = chunk_of(n);
+  std::vector<std::byte> device(chunk * dtype_bytes(source.dtype)), rounded;
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    const int64_t count = std::min(chunk, n - begin);
     backend.download(device.data(), flat(source).slice(begin, count));
     if (same(source.dtype, dtype)) {
       writer.write(std::span(device).first(count * dtype_bytes(source.dtype)));

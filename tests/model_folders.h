@@ -43,10 +43,13 @@ class FilledWeights {
     }
   }
   void set(const Tensor& t, const std::vector<float>& values) {
-    const Tensor wide(backend->allocate(t.elements() * 4), DType::f32, {t.elements()});
-    backend->upload(wide, values.data());
-    backend->convert(t, wide);
-    backend->release(wide.data, wide.bytes());
+    const auto upload_as = [&](auto zero) {
+      std::vector<decltype(zero)> typed(values.begin(), values.end());
+      backend->upload(t, typed.data());
+    };
+    if (t.dtype == DType::f32) upload_as(float());
+    if (t.dtype == DType::bf16) upload_as(bf16());
+    if (t.dtype == DType::f64) upload_as(double());
   }
   // Everything, parameter after parameter, as it lies in memory.
   std::string bytes() const {
