@@ -9,7 +9,8 @@
 
 namespace orpo {
 
-// Whole lines, without their line feeds. simdjson reads up to 64 bytes past a line's end: the block's memory goes on that far.
+// Whole lines, without their line feeds. simdjson reads up to 64 bytes past a line's end: the block's memory goes on
+// that far.
 struct LineBlock {
   std::vector<char> memory;
   std::vector<std::string_view> lines;
@@ -18,14 +19,15 @@ struct LineBlock {
 
 class LineReader {
  public:
-  // Throws UserError: no such file, a folder, not readable, a kind of file that is not JSON Lines (Parquet, zip, zstd, UTF-16).
+  // Throws UserError: no such file, a folder, not readable, a kind of file that is not JSON Lines (Parquet, zip, zstd,
+  // UTF-16).
   explicit LineReader(const std::filesystem::path& file, int64_t block_bytes = int64_t{16} << 20);
   ~LineReader();
   LineReader(const LineReader&) = delete;
 
-  // The next lines into block, whose memory is used again; false at the end of the file. Lines end with LF, the last one may lack it; a
-  // byte-order mark at the file's start is skipped. Throws UserError where a gzip file is cut off or damaged or a line passes 1 GiB;
-  // MachineError where reading fails.
+  // The next lines into block, whose memory is used again; false at the end of the file. Lines end with LF, the last
+  // one may lack it; a byte-order mark at the file's start is skipped. Throws UserError where a gzip file is cut off or
+  // damaged or a line passes 1 GiB; MachineError where reading fails.
   bool read(LineBlock& block);
 
  private:

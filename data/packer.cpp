@@ -8,8 +8,8 @@
 namespace orpo {
 namespace {
 
-// Rows and targets of one branch. Its last token has no row. Its first token is predicted by the trunk's last row; where there is no trunk
-// it is context only.
+// Rows and targets of one branch. Its last token has no row. Its first token is predicted by the trunk's last row;
+// where there is no trunk it is context only.
 int64_t branch_rows(std::span<const int32_t> branch) {
   return branch.empty() ? 0 : static_cast<int64_t>(branch.size()) - 1;
 }

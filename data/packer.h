@@ -17,8 +17,10 @@ int64_t pair_targets(const TokenPair& pair, bool score_prompt);
 // Visible (query, key) pairs of a pair's rows under the causal mask (for useful FLOPs).
 int64_t pair_visible(const TokenPair& pair);
 
-// Splits the pairs of a step, in order, into micro-batches of at most micro_tokens rows; a pair that is longer than that stands alone.
-std::vector<std::vector<int64_t>> micro_batches(const PairSet& set, std::span<const int64_t> pairs, int64_t micro_tokens);
+// Splits the pairs of a step, in order, into micro-batches of at most micro_tokens rows; a pair that is longer than
+// that stands alone.
+std::vector<std::vector<int64_t>> micro_batches(const PairSet& set, std::span<const int64_t> pairs,
+                                                int64_t micro_tokens);
 
 // One micro-batch. score_prompt: --nll-scope full.
 Batch pack(const PairSet& set, std::span<const int64_t> pairs, bool score_prompt);

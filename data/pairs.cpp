@@ -38,7 +38,8 @@ class Pass {
   Pass(const std::vector<std::filesystem::path>& files, const Tokenizer* tokenizer, const ChatTemplate* chat_template,
        const DataSettings& settings)
       : files_(files), tokenizer_(tokenizer), template_(chat_template), settings_(settings) {
-    for (int i = 0; i < settings.threads; ++i) parsers_.emplace_back(RowRules{settings.single_answers, settings.vocabulary});
+    for (int i = 0; i < settings.threads; ++i)
+      parsers_.emplace_back(RowRules{settings.single_answers, settings.vocabulary});
   }
 
   std::unique_ptr<StoredPairs> run(TokenWriter& writer) {
@@ -120,8 +121,9 @@ void refuse_empty(const PairSet& set, const std::vector<std::filesystem::path>& 
        report.dropped > 0 ? "; raise them or use --on-long truncate" : "");
 }
 
-std::unique_ptr<StoredPairs> load_or_tokenise(const std::vector<std::filesystem::path>& files, const Tokenizer* tokenizer,
-                                              const ChatTemplate* chat_template, const DataSettings& settings) {
+std::unique_ptr<StoredPairs> load_or_tokenise(const std::vector<std::filesystem::path>& files,
+                                              const Tokenizer* tokenizer, const ChatTemplate* chat_template,
+                                              const DataSettings& settings) {
   const auto tokenise_into = [&](std::optional<CacheKey> key) {
     TokenWriter writer(key);
     return Pass(files, tokenizer, chat_template, settings).run(writer);
@@ -135,7 +137,8 @@ std::unique_ptr<StoredPairs> load_or_tokenise(const std::vector<std::filesystem:
     return tokenise_into(key);
   } catch (const CacheTrouble& trouble) {
     auto set = tokenise_into(std::nullopt);
-    set->add_note(concat("tokens are kept in memory, not cached (", trouble.what(), "; ORPO_CACHE names another folder)"));
+    set->add_note(
+        concat("tokens are kept in memory, not cached (", trouble.what(), "; ORPO_CACHE names another folder)"));
     return set;
   }
 }

@@ -37,7 +37,8 @@ const char* type_name(element value) {
   throw BadRow{field, "wrong type", concat(type_name(value), "; ", needed, " is needed")};
 }
 
-// simdjson says that a line is not JSON but not where: a second, slower reading of the bad line finds the column and the field.
+// simdjson says that a line is not JSON but not where: a second, slower reading of the bad line finds the column and
+// the field.
 struct Locator : nlohmann::json_sax<nlohmann::json> {
   int depth = 0;
   std::string field;
@@ -176,7 +177,8 @@ Answers split_messages(std::vector<Message> a, std::vector<Message> b, const cha
   return answers;
 }
 
-// The turns before the answers, from the row's prompt (a string, a list or absent) and the messages that the answers share.
+// The turns before the answers, from the row's prompt (a string, a list or absent) and the messages that the answers
+// share.
 std::vector<Message> join_prompt(const std::optional<element>& value, std::vector<Message> shared) {
   if (!value) {
     if (shared.empty()) throw BadRow{"prompt", "missing", "and the answers share no leading message"};

@@ -29,7 +29,8 @@ struct Row {
   std::vector<int32_t> prompt_ids, chosen_ids, rejected_ids;
 };
 
-// Why a row cannot be used. `reason` is one of few phrases, so that rows can be counted by it; `detail` says what is particular.
+// Why a row cannot be used. `reason` is one of few phrases, so that rows can be counted by it; `detail` says what is
+// particular.
 struct BadRow {
   std::string field;  // empty: the row as a whole
   std::string reason, detail;

@@ -93,7 +93,8 @@ void add_tokenizer(std::string& text, const Tokenizer& tokenizer) {
   text += concat("tokenizer ", tokenizer.fingerprint, " ", tokenizer.begin_of_sequence.value_or(-1), " ",
                  tokenizer.end_of_sequence.value_or(-1), " ", tokenizer.adds_begin_of_sequence, " ",
                  tokenizer.vocabulary_size(), ":");
-  const char* probe = "I'm 12345 years old; who's  there?\n\n\t na\u00efve caf\u00e9 \u4f60\u597d \U0001f44d\u200d e\u0301 <s></s>";
+  const char* probe =
+      "I'm 12345 years old; who's  there?\n\n\t na\u00efve caf\u00e9 \u4f60\u597d \U0001f44d\u200d e\u0301 <s></s>";
   for (const int32_t id : tokenizer.encode(probe)) text += concat(" ", id);
 }
 
@@ -126,7 +127,8 @@ std::filesystem::path token_cache_folder() {
   return {};
 }
 
-std::unique_ptr<StoredPairs> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files, int threads) {
+std::unique_ptr<StoredPairs> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files,
+                                              int threads) {
   std::error_code ignored;
   const std::filesystem::path path = cache_file(key);
   if (token_cache_folder().empty() || !std::filesystem::is_regular_file(path, ignored)) return nullptr;

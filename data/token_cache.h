@@ -1,11 +1,13 @@
-// The token cache: tokenised rows as one memory-mapped file, so that a second start tokenises nothing and a data set may be larger than
-// memory. Rows are kept at their full length and cut or dropped when they are read: one file serves every --max-length and every program.
+// The token cache: tokenised rows as one memory-mapped file, so that a second start tokenises nothing and a data set
+// may be larger than memory. Rows are kept at their full length and cut or dropped when they are read: one file serves
+// every --max-length and every program.
 //
 //   header (64 bytes) | tokens, int32 | StoredPair per row | report, JSON
 //
-// The key is a hash of all that decides the tokens: the files' contents (never their names or times), the tokenizer's files, what it and
-// the template make of a probe text, which rows are welcome, and this format. A file is written beside and renamed; every byte is under a
-// checksum, and a broken or truncated file counts as absent. Files not used for 30 days are removed when a new one is written.
+// The key is a hash of all that decides the tokens: the files' contents (never their names or times), the tokenizer's
+// files, what it and the template make of a probe text, which rows are welcome, and this format. A file is written
+// beside and renamed; every byte is under a checksum, and a broken or truncated file counts as absent. Files not used
+// for 30 days are removed when a new one is written.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +27,8 @@ struct CacheKey {
   uint64_t value = 0;
 };
 
-// Reads every file once (at memory or disk speed, on all threads). Nothing where a file is not a regular one (a pipe): no cache then.
+// Reads every file once (at memory or disk speed, on all threads). Nothing where a file is not a regular one (a pipe):
+// no cache then.
 std::optional<CacheKey> token_cache_key(const std::vector<std::filesystem::path>& files, const Tokenizer* tokenizer,
                                         const ChatTemplate* chat_template, const DataSettings& settings);
 
@@ -68,9 +71,11 @@ class StoredPairs : public PairSet {
 };
 
 // The set of a key, its checksum verified; null where there is none that is whole.
-std::unique_ptr<StoredPairs> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files, int threads);
+std::unique_ptr<StoredPairs> open_token_cache(CacheKey key, const std::vector<std::filesystem::path>& files,
+                                              int threads);
 
-// A cache file that cannot be written (no such folder, read-only, disk full): the caller keeps the tokens in memory instead.
+// A cache file that cannot be written (no such folder, read-only, disk full): the caller keeps the tokens in memory
+// instead.
 struct CacheTrouble : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -12,13 +12,15 @@ namespace {
 std::vector<int32_t> encode_sequence(const Tokenizer& tokenizer, const std::string& text) {
   std::vector<int32_t> ids = tokenizer.encode(text);
   const auto begin = tokenizer.begin_of_sequence;
-  if (tokenizer.adds_begin_of_sequence && begin && (ids.empty() || ids.front() != *begin)) ids.insert(ids.begin(), *begin);
+  if (tokenizer.adds_begin_of_sequence && begin && (ids.empty() || ids.front() != *begin))
+    ids.insert(ids.begin(), *begin);
   return ids;
 }
 
 void append_end(const Tokenizer& tokenizer, std::vector<int32_t>& ids) {
   if (!tokenizer.end_of_sequence)
-    fail("the tokenizer names no end-of-sequence token (eos_token in tokenizer_config.json), which a text must end with");
+    fail("the tokenizer names no end-of-sequence token, which a text must end with; set eos_token in "
+         "tokenizer_config.json");
   if (ids.empty() || ids.back() != *tokenizer.end_of_sequence) ids.push_back(*tokenizer.end_of_sequence);
 }
 
@@ -81,7 +83,8 @@ PairTokens tokenise(Row&& row, const Tokenizer* tokenizer, const ChatTemplate* c
   const char* first = row.kind == Row::Kind::text ? "text" : row.single ? "completion" : "chosen";
   if (!tokenizer) throw BadRow{first, "text without a tokenizer", "the model folder has none; token ids need none"};
   if (row.kind == Row::Kind::dialogue && !chat_template)
-    throw BadRow{first, "dialogue without a chat template", "choose one with --template; none joins the texts as they stand"};
+    throw BadRow{first, "dialogue without a chat template",
+                 "choose one with --template; none joins the texts as they stand"};
   PairTokens tokens = row.kind == Row::Kind::text ? tokenise_text(row, *tokenizer)
                                                   : tokenise_dialogue(row, *tokenizer, *chat_template);
   check_scored(tokens, tokens.chosen, first);

@@ -12,11 +12,12 @@ namespace orpo {
 
 struct PairTokens {
   std::vector<int32_t> trunk, chosen, rejected;
-  bool prompt_merged = false;  // the prompt alone tokenises to more than the trunk: its end joined the answers' first token
+  bool prompt_merged = false;  // the prompt's end joined the answers' first token: it is longer than the trunk
 };
 
-// Thread-safe. Throws BadRow: no tokenizer or template for a row of text, roles that the template refuses, answers that are equal as tokens,
-// nothing to score. Throws UserError where a text needs an end-of-sequence token and the tokenizer has none.
+// Thread-safe. Throws BadRow: no tokenizer or template for a row of text, roles that the template refuses, answers that
+// are equal as tokens, nothing to score. Throws UserError where a text needs an end-of-sequence token and the tokenizer
+// has none.
 PairTokens tokenise(Row&& row, const Tokenizer* tokenizer, const ChatTemplate* chat_template);
 
 }  // namespace orpo

@@ -1,4 +1,5 @@
-// ./orpo_data: looks through a preference file before anyone rents a GPU for it. The report is on stdout; what would spoil a run is an error.
+// ./orpo_data: looks through a preference file before anyone rents a GPU for it. The report is on stdout; what would
+// spoil a run is an error.
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
@@ -28,8 +29,10 @@ struct Folder {
 Folder open_folder(const Options& options) {
   Folder folder;
   folder.path = options.model;
-  if (!std::filesystem::is_directory(folder.path)) fail(options.model, ": no such folder; --model needs a Hugging Face model folder");
-  if (std::filesystem::exists(folder.path / "tokenizer.json") || std::filesystem::exists(folder.path / "tokenizer.model")) {
+  if (!std::filesystem::is_directory(folder.path))
+    fail(options.model, ": no such folder; --model needs a Hugging Face model folder");
+  if (std::filesystem::exists(folder.path / "tokenizer.json") ||
+      std::filesystem::exists(folder.path / "tokenizer.model")) {
     folder.tokenizer = Tokenizer::load(folder.path);
     folder.vocabulary = folder.tokenizer->vocabulary_size();
     folder.chat_template = choose_template(options.chat_template, folder.path);
@@ -40,7 +43,8 @@ Folder open_folder(const Options& options) {
   if (!std::filesystem::exists(config)) return folder;
   const Json json = parse_json(read_file(config), config.string());
   const auto number = [&](const char* name, int64_t otherwise) {
-    return json.is_object() && json.contains(name) && json[name].is_number_integer() ? json[name].get<int64_t>() : otherwise;
+    return json.is_object() && json.contains(name) && json[name].is_number_integer() ? json[name].get<int64_t>()
+                                                                                     : otherwise;
   };
   folder.vocabulary = number("vocab_size", folder.vocabulary);
   folder.positions = number("max_position_embeddings", 0);
@@ -62,19 +66,25 @@ DataSettings data_settings(const Options& options, const Folder& folder) {
 std::unique_ptr<PairSet> load_whole(const Options& options, const Folder& folder, DataSettings settings) {
   settings.max_length = settings.max_prompt_length = std::numeric_limits<int32_t>::max();
   settings.on_bad_row = OnBadRow::skip;
-  return PairSet::load({options.data.begin(), options.data.end()}, folder.tokenizer.get(), folder.chat_template.get(), settings);
+  return PairSet::load({options.data.begin(), options.data.end()}, folder.tokenizer.get(), folder.chat_template.get(),
+                       settings);
 }
 
 long long printed(int64_t value) { return value; }
-double percent(int64_t part, int64_t all) { return all ? 100.0 * static_cast<double>(part) / static_cast<double>(all) : 0; }
+double percent(int64_t part, int64_t all) {
+  return all ? 100.0 * static_cast<double>(part) / static_cast<double>(all) : 0;
+}
 double ratio(int64_t a, int64_t b) { return b ? static_cast<double>(a) / static_cast<double>(b) : 0; }
 
-std::string place(const Options& options, const TokenPair& pair) { return concat(options.data[pair.file], ":", pair.row); }
+std::string place(const Options& options, const TokenPair& pair) {
+  return concat(options.data[pair.file], ":", pair.row);
+}
 
 void print_rows(const Options& options, const DataReport& report) {
   std::printf("rows      %lld in %zu file%s, %lld bad\n", printed(report.rows), options.data.size(),
               options.data.size() == 1 ? "" : "s", printed(report.bad));
-  for (const auto& [reason, count] : report.bad_reasons) std::printf("bad       %lld %s\n", printed(count), reason.c_str());
+  for (const auto& [reason, count] : report.bad_reasons)
+    std::printf("bad       %lld %s\n", printed(count), reason.c_str());
   for (const std::string& bad : report.first_bad) std::printf("          %s\n", bad.c_str());
 }
 
@@ -87,18 +97,21 @@ void print_template(const Options& options, const Folder& folder) {
 
 void print_lengths(const Inspection& found) {
   std::printf("tokens         min  median     90%%     max\n");
-  for (const auto& [name, part] : {std::pair{"prompt", &found.prompt}, {"chosen", &found.chosen}, {"rejected", &found.rejected}})
+  for (const auto& [name, part] :
+       {std::pair{"prompt", &found.prompt}, {"chosen", &found.chosen}, {"rejected", &found.rejected}})
     if (!part->sorted.empty())
       std::printf("  %-9s%7lld %7lld %7lld %7lld\n", name, printed(part->quantile(0)), printed(part->quantile(0.5)),
                   printed(part->quantile(0.9)), printed(part->quantile(1)));
 }
 
-void print_limits(const Inspection& found, const DataSettings& limits, const Folder& folder) {
-  std::printf("limits    --max-length %lld --max-prompt-length %lld --on-long %s: %lld rows kept, %lld dropped, %lld truncated\n",
-              printed(limits.max_length), printed(limits.max_prompt_length),
-              limits.on_long == OnLong::drop ? "drop" : "truncate", printed(found.kept), printed(found.dropped),
-              printed(found.truncated));
-  if (folder.positions > 0 && folder.positions < limits.max_length)
+void print_limits(const Inspection& found, const DataSettings& limits, const Folder& folder, int64_t longest_sequence) {
+  std::printf(
+      "limits    --max-length %lld --max-prompt-length %lld --on-long %s: %lld kept, %lld dropped, %lld truncated\n",
+      printed(limits.max_length), printed(limits.max_prompt_length),
+      limits.on_long == OnLong::drop ? "drop" : "truncate", printed(found.kept), printed(found.dropped),
+      printed(found.truncated));
+  const bool too_long = folder.positions > 0 && longest_sequence > folder.positions;
+  if (too_long)
     std::printf("          the model has %lld positions: training takes no longer rows\n", printed(folder.positions));
 }
 
@@ -106,10 +119,11 @@ void print_balance(const Inspection& found) {
   if (found.pairs > 0)
     std::printf("longer    chosen has more tokens than rejected in %.1f%% of the pairs, as many in %.1f%%\n",
                 percent(found.chosen_longer, found.pairs), percent(found.same_length, found.pairs));
-  std::printf("packed    %lld token rows with each prompt once; %.2f times as many with two sequences a pair, %.2f times padded in "
-              "batches of %lld pairs\n",
-              printed(found.packed_rows), ratio(found.separate_rows, found.packed_rows),
-              ratio(found.padded_rows, found.packed_rows), printed(padding_pairs));
+  std::printf("packed    %lld token rows with each prompt once", printed(found.packed_rows));
+  if (found.pairs > 0)
+    std::printf("; %.2f times as many with two sequences a pair", ratio(found.separate_rows, found.packed_rows));
+  std::printf("; %.2f times padded in batches of %lld pairs\n", ratio(found.padded_rows, found.packed_rows),
+              printed(padding_pairs));
 }
 
 // A token's text where it stands; as the vocabulary spells it where it is no whole character.
@@ -118,13 +132,16 @@ std::string spelled(const Tokenizer* tokenizer, std::span<const int32_t> ids, si
   const size_t before = i > 0 ? 1 : 0;
   const std::string context = tokenizer->decode(ids.subspan(i - before, before));
   std::string text = tokenizer->decode(ids.subspan(i - before, before + 1));
-  const bool readable = text.starts_with(context) && text.size() > context.size() && text.find("\ufffd") == std::string::npos;
+  const bool readable =
+      text.starts_with(context) && text.size() > context.size() && text.find("\ufffd") == std::string::npos;
   text = readable ? text.substr(context.size()) : tokenizer->token_text(ids[i]);
   return Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
-// One line a token: part, place in the sequence, id, text, what training makes of it. The middle of a long part is left out.
-void print_part(const char* name, std::span<const int32_t> ids, size_t begin, const Folder& folder, const std::set<int32_t>& ends) {
+// One line a token: part, place in the sequence, id, text, what training makes of it. The middle of a long part is left
+// out.
+void print_part(const char* name, std::span<const int32_t> ids, size_t begin, const Folder& folder,
+                const std::set<int32_t>& ends) {
   constexpr size_t shown = 24;
   const bool answer = std::string_view(name) != "prompt";
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -156,34 +173,41 @@ void refuse_mistakes(const Options& options, const Folder& folder, const PairSet
   const int32_t begin = folder.tokenizer ? folder.tokenizer->begin_of_sequence.value_or(-1) : -1;
   const Mistakes found = find_mistakes(set, begin, ends);
   if (const auto& f = found.doubled_begin; f.rows > 0)
-    fail(place(options, f.first), ": prompt: begins with two begin-of-sequence tokens (", token_name(folder, begin), "), as ", f.rows,
-         " of ", set.size(), " rows do; take the text of the token out of the rows or choose another --template");
+    fail(place(options, f.first), ": prompt: begins with two begin-of-sequence tokens (", token_name(folder, begin),
+         "), as ", f.rows, " of ", set.size(),
+         " rows do; take the text of the token out of the rows or choose another --template");
   if (const auto& f = found.unscored_end; f.rows > 0)
-    fail(place(options, f.first), ": chosen or rejected: the answer does not end with an end-of-sequence token (",
-         token_name(folder, *ends.begin()), ends.size() > 1 ? " or another of its kind" : "", ") that is scored, as in ", f.rows,
-         " of ", set.size(), " rows; the model would not learn to stop: end the answers with it or choose another --template");
+    fail(place(options, f.first), ends.contains(f.first.chosen.back()) ? ": rejected" : ": chosen",
+         ": does not end with an end-of-sequence token (", token_name(folder, *ends.begin()),
+         ends.size() > 1 ? " or another of its kind" : "", ") that is scored, as in ", f.rows, " of ", set.size(),
+         " rows; the model would not learn to stop: end the answers with it or choose another --template");
   const bool named = folder.chat_template && !options.chat_template.empty();
   const std::string name = folder.chat_template ? folder.chat_template->name() : "";
   if (named && name != "none" && !folder.own_template.empty() && name != folder.own_template)
     fail("--template ", name, ": generation renders with the model folder's own template, ", folder.own_template,
-         ", so training would see other texts; leave out --template, or put the Jinja text of ", name, " into the folder");
+         ", so training would see other texts; leave out --template, or put the Jinja text of ", name,
+         " into the folder");
   const int64_t merged = set.report().prompts_merged;
   if (name != "none" && 2 * merged > set.size())
-    fail("--template ", name, ": in ", merged, " of ", set.size(), " rows the prompt's last token joins the answer's first, so generation "
-         "would start from tokens that training never sees; choose a template that this tokenizer splits before the answer");
+    fail("--template ", name, ": in ", merged, " of ", set.size(),
+         " rows the prompt's last token joins the answer's first, so generation "
+         "would start from tokens that training never sees; choose a template that this tokenizer splits before the "
+         "answer");
   if (merged > 0)
     console().say("note: in ", merged, " of ", set.size(), " rows the prompt's last token joins the answer's first (",
-                  name == "none" ? "end prompts without a space" : "the answer opens with white space", ")");
+                  name == "none" ? "none joins the texts as they stand" : "the answer opens with white space", ")");
   if (const auto& f = found.inner_end; f.rows > 0)
-    console().say("note: in ", f.rows, " of ", set.size(), " rows an answer holds an end-of-sequence token before its end; the first is ",
+    console().say("note: in ", f.rows, " of ", set.size(),
+                  " rows an answer holds an end-of-sequence token before its end; the first is ",
                   place(options, f.first));
-  if (ends.empty()) console().say("note: the model folder names no end-of-sequence token, so the answers' ends were not checked");
+  if (ends.empty())
+    console().say("note: the model folder names no end-of-sequence token, so the answers' ends were not checked");
 }
 
 void refuse_bad_rows(const Options& options, const DataReport& report) {
   if (report.bad == 0 || options.on_bad_row == OnBadRow::skip) return;
-  fail(report.first_bad.front(), report.bad > 1 ? concat("; and ", report.bad - 1, " more bad rows") : "",
-       "; mend them, or leave bad rows out with --on-bad-row skip");
+  fail(report.first_bad.front(), "; ", report.bad > 1 ? concat("with ", report.bad - 1, " more bad rows; ") : "",
+       "mend the row, or leave bad rows out with --on-bad-row skip");
 }
 
 int inspect_rows(const Options& options) {
@@ -201,7 +225,7 @@ int inspect_rows(const Options& options) {
   print_rows(options, set->report());
   print_template(options, folder);
   print_lengths(found);
-  print_limits(found, limits, folder);
+  print_limits(found, limits, folder, set->report().longest_sequence);
   print_balance(found);
   for (int64_t i = 0; i < std::min(options.show, set->size()); ++i) print_pair(options, (*set)[i], folder, ends);
   std::fflush(stdout);

@@ -32,7 +32,8 @@ std::string ids_text(std::span<const int32_t> ids) {
 std::string row_text(const TokenPair& pair) {
   const std::string prompt = "{\"prompt_ids\": " + ids_text(pair.trunk);
   if (pair.rejected.empty()) return prompt + ", \"completion_ids\": " + ids_text(pair.chosen) + "}\n";
-  return prompt + ", \"chosen_ids\": " + ids_text(pair.chosen) + ", \"rejected_ids\": " + ids_text(pair.rejected) + "}\n";
+  return prompt + ", \"chosen_ids\": " + ids_text(pair.chosen) + ", \"rejected_ids\": " + ids_text(pair.rejected) +
+         "}\n";
 }
 
 // Rows of padded batches, two sequences a pair, added up batch by batch.
@@ -89,7 +90,8 @@ Inspection inspect(const PairSet& set, const DataSettings& limits) {
     padding.add(pair);
   }
   found.padded_rows = padding.rows();
-  for (Lengths* part : {&found.prompt, &found.chosen, &found.rejected}) std::sort(part->sorted.begin(), part->sorted.end());
+  for (Lengths* part : {&found.prompt, &found.chosen, &found.rejected})
+    std::sort(part->sorted.begin(), part->sorted.end());
   return found;
 }
 

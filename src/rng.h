@@ -1,6 +1,6 @@
-// Counter-based random numbers: a value is a pure function of (seed, stream, counter), so nothing has to be saved to resume a run, and any
-// number of threads or ranks may draw the same sequence in any order. Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random
-// numbers: as easy as 1, 2, 3" (SC 2011); the same bits on every machine.
+// Counter-based random numbers: a value is a pure function of (seed, stream, counter), so nothing has to be saved to
+// resume a run, and any number of threads or ranks may draw the same sequence in any order. Philox4x32-10 of Salmon,
+// Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); the same bits on every machine.
 #pragma once
 
 #include <array>
@@ -25,7 +25,8 @@ constexpr std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::a
   return counter;
 }
 
-// The random numbers of one (seed, stream, substream); a substream is what the caller numbers: an epoch, a tensor, a prompt.
+// The random numbers of one (seed, stream, substream); a substream is what the caller numbers: an epoch, a tensor, a
+// prompt.
 class Random {
  public:
   constexpr Random(uint64_t seed, RandomStream stream, uint32_t substream = 0)
@@ -41,7 +42,8 @@ class Random {
   // Uniform on [0, 1), a multiple of 2^-53.
   constexpr double uniform(uint64_t counter) const { return static_cast<double>(bits(counter) >> 11) * 0x1p-53; }
 
-  // Uniform on 0 ... n - 1 for n >= 1, by the high half of a product (Lemire 2019); off by at most n / 2^64, which nothing here can see.
+  // Uniform on 0 ... n - 1 for n >= 1, by the high half of a product (Lemire 2019); off by at most n / 2^64, which
+  // nothing here can see.
   constexpr uint64_t below(uint64_t n, uint64_t counter) const {
     __extension__ using Wide = unsigned __int128;
     return static_cast<uint64_t>(static_cast<Wide>(bits(counter)) * n >> 64);

@@ -1,5 +1,5 @@
-// A tokenizer and a chat template small enough to follow by hand: a byte is a token, <s> and </s> are 256 and 257, and "ab" is one token, 258,
-// so that a prompt's end can join the answer's start.
+// A tokenizer and a chat template small enough to follow by hand: a byte is a token, <s> and </s> are 256 and 257, and
+// "ab" is one token, 258, so that a prompt's end can join the answer's start.
 #pragma once
 
 #include <cstdint>
@@ -72,7 +72,9 @@ struct BareTemplate : ChatTemplate {
     for (const Message& message : messages) text += message.content;
     return text;
   }
-  std::string response(const std::vector<Message>&, std::string_view answer) const override { return std::string(answer); }
+  std::string response(const std::vector<Message>&, std::string_view answer) const override {
+    return std::string(answer);
+  }
 };
 
 }  // namespace orpo

@@ -111,8 +111,10 @@ TEST_CASE("pre-tokenised rows need neither tokenizer nor template; rows of text 
   CHECK(error_of([&] { load(row, settings(), nullptr, nullptr); }) ==
         "rows.jsonl:1: chosen: text without a tokenizer (the model folder has none; token ids need none)" + advice);
   CHECK(error_of([&] { load(row, settings(), &plain, nullptr); }) ==
-        "rows.jsonl:1: chosen: dialogue without a chat template (choose one with --template; none joins the texts as they "
-        "stand)" + advice);
+        "rows.jsonl:1: chosen: dialogue without a chat template (choose one with --template; none joins the texts as "
+        "they "
+        "stand)" +
+            advice);
 }
 
 TEST_CASE("files: gzip, CRLF, a byte-order mark, blank lines, no last line feed") {
@@ -163,7 +165,8 @@ TEST_CASE("files that cannot be read as rows") {
   CHECK(file("\n\n") == "rows.jsonl: holds no row; a row is one JSON object on a line");
   CHECK(file("PAR1\x15") ==
         "rows.jsonl: is a Parquet file; convert it to JSON Lines in UTF-8, one object a line (.gz is fine)");
-  CHECK(file("\xff\xfe{") == "rows.jsonl: is UTF-16 text; convert it to JSON Lines in UTF-8, one object a line (.gz is fine)");
+  CHECK(file("\xff\xfe{") ==
+        "rows.jsonl: is UTF-16 text; convert it to JSON Lines in UTF-8, one object a line (.gz is fine)");
   const auto load_path = [&](const std::filesystem::path& path) {
     return error_of([&] { PairSet::load({path}, &plain, &letters, settings()); });
   };
@@ -185,15 +188,18 @@ TEST_CASE("the first bad row in file order ends the pass, whatever the number of
 TEST_CASE("bad rows can be left out, counted by reason") {
   DataSettings s = settings();
   s.on_bad_row = OnBadRow::skip;
-  const std::string refused = R"({"prompt":[{"role":"system","content":"s"}],"chosen":[{"role":"assistant","content":"a"}],)"
-                              R"("rejected":[{"role":"assistant","content":"b"}]})" "\n";
+  const std::string refused =
+      R"({"prompt":[{"role":"system","content":"s"}],"chosen":[{"role":"assistant","content":"a"}],)"
+      R"("rejected":[{"role":"assistant","content":"b"}]})"
+      "\n";
   const auto set = load("{}\n" + row + "{\"x\": x}\n" + refused + row + "{\n{}\n{}\n", s);
   const DataReport& report = set->report();
   CHECK(set->size() == 2);
   CHECK(report.rows == 8);
   CHECK(report.bad == 6);
-  CHECK(report.bad_reasons == std::vector<std::pair<std::string, int64_t>>{
-                                  {"chosen: missing", 3}, {"not JSON", 2}, {"prompt: refused by the template letter", 1}});
+  CHECK(report.bad_reasons ==
+        std::vector<std::pair<std::string, int64_t>>{
+            {"chosen: missing", 3}, {"not JSON", 2}, {"prompt: refused by the template letter", 1}});
   CHECK(report.first_bad.size() == 5);
   CHECK(report.first_bad[2].ends_with(
       "rows.jsonl:4: prompt: refused by the template letter (roles must alternate, user first)"));
@@ -216,7 +222,8 @@ TEST_CASE("answers that the tokenizer makes equal or leaves nothing of") {
 }
 
 TEST_CASE("rows past the limits are dropped, or cut: the prompt keeps its end, the answers their start") {
-  const std::string text = R"({"prompt_ids":[1,2,3,4,5,6,7,8,9,10],"chosen_ids":[21,22,23,24,25,26],"rejected_ids":[31,32,33]})";
+  const std::string text =
+      R"({"prompt_ids":[1,2,3,4,5,6,7,8,9,10],"chosen_ids":[21,22,23,24,25,26],"rejected_ids":[31,32,33]})";
   const auto cut = [&](int64_t max_length, int64_t max_prompt) {
     DataSettings s = settings(max_length);
     s.max_prompt_length = max_prompt;
@@ -241,7 +248,8 @@ TEST_CASE("rows past the limits are dropped, or cut: the prompt keeps its end, t
 
   DataSettings s = settings(15);
   CHECK(error_of([&] { load(text, s); }) ==
-        "rows.jsonl: no row is left of 1: 0 bad, 1 longer than --max-length 15 or --max-prompt-length 15; raise them or use "
+        "rows.jsonl: no row is left of 1: 0 bad, 1 longer than --max-length 15 or --max-prompt-length 15; raise them "
+        "or use "
         "--on-long truncate");
   const auto set = load(text + "\n" + R"({"prompt_ids":[1],"chosen_ids":[2],"rejected_ids":[3]})", s);
   CHECK(set->size() == 1);
@@ -257,7 +265,7 @@ TEST_CASE("an answer after a prompt that fills the limit still has room: an eigh
   DataSettings s = settings(80);
   s.on_long = OnLong::truncate;
   const auto sizes = [&](const std::string& chosen) {
-    const auto set = load("{\"prompt_ids\":" + prompt + "],\"chosen_ids\":" + chosen + ",\"rejected_ids\":[1]}", s);
+    const auto set = load(concat("{\"prompt_ids\":", prompt, "],\"chosen_ids\":", chosen, ",\"rejected_ids\":[1]}"), s);
     const TokenPair pair = (*set)[0];
     CHECK(pair.trunk.back() == 99);
     return Ids{int32_t(pair.trunk.size()), int32_t(pair.chosen.size()), int32_t(pair.rejected.size())};
@@ -279,7 +287,8 @@ TEST_CASE("a pair that truncation makes equal is dropped") {
 
 TEST_CASE("the report sums the kept rows; several files keep their names") {
   const TemporaryFolder folder;
-  const auto first = write(folder, row + row, "a.jsonl"), second = write(folder, row + R"({"prompt":"hello","chosen":"y","rejected":"no way"})", "b.jsonl");
+  const auto first = write(folder, row + row, "a.jsonl"),
+             second = write(folder, row + R"({"prompt":"hello","chosen":"y","rejected":"no way"})", "b.jsonl");
   const auto set = PairSet::load({first, second}, &plain, &letters, settings());
   const DataReport& report = set->report();
   CHECK(report.rows == 4);

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "src/fail.h"
+
 using namespace orpo;
 
 namespace {
@@ -34,13 +36,15 @@ const std::string user = R"({"role":"user","content":"q"})", yes = R"({"role":"a
                   no = R"({"role":"assistant","content":"no"})";
 
 std::string lists(const std::string& prompt, const std::string& chosen, const std::string& rejected) {
-  return "{" + (prompt.empty() ? "" : "\"prompt\":" + prompt + ",") + "\"chosen\":[" + chosen + "],\"rejected\":[" + rejected + "]}";
+  const std::string start = prompt.empty() ? "{" : concat("{\"prompt\":", prompt, ",");
+  return concat(start, "\"chosen\":[", chosen, "],\"rejected\":[", rejected, "]}");
 }
 
 }  // namespace
 
 TEST_CASE("strings: a user turn and two answers") {
-  const Row row = parse(R"({"source":{"x":[1]},"chosen":"a\n\u00e9\ud83d\ude00","prompt":"q","rejected":"b","score":1.5})");
+  const Row row =
+      parse(R"({"source":{"x":[1]},"chosen":"a\n\u00e9\ud83d\ude00","prompt":"q","rejected":"b","score":1.5})");
   CHECK(row.kind == Row::Kind::dialogue);
   CHECK(turns(row) == "user=q;");
   CHECK(row.chosen == "a\n\u00e9\U0001f600");
@@ -50,10 +54,10 @@ TEST_CASE("strings: a user turn and two answers") {
 }
 
 TEST_CASE("messages: with a prompt, without one, with a string repeated inside") {
-  for (const std::string& line :
-       {lists("[" + user + "]", yes, no), lists("", user + "," + yes, user + "," + no),
-        lists("\"q\"", user + "," + yes, user + "," + no), lists("\"q\"", yes, no),
-        lists("[" + user + "]", user + "," + yes, user + "," + no), lists("\" q\\n\"", user + "," + yes, user + "," + no)}) {
+  for (const std::string& line : {lists("[" + user + "]", yes, no), lists("", user + "," + yes, user + "," + no),
+                                  lists("\"q\"", user + "," + yes, user + "," + no), lists("\"q\"", yes, no),
+                                  lists("[" + user + "]", user + "," + yes, user + "," + no),
+                                  lists("\" q\\n\"", user + "," + yes, user + "," + no)}) {
     const Row row = parse(line);
     CHECK(turns(row).find("q") != std::string::npos);
     CHECK(row.prompt.size() == 1);
@@ -135,7 +139,8 @@ TEST_CASE("fields that are missing, twice there, of a wrong type, or of two layo
   CHECK(why(lists("", R"({"content":"user"})", no)) == "chosen[0].role: missing");
   CHECK(why(lists("", user + R"(,{"role":"assistant","content":null})", no)) ==
         "chosen[1].content: wrong type (null; a string is needed)");
-  CHECK(why(R"({"prompt":[],"chosen":"a","rejected":"b"})") == "chosen: mixed layouts (a string after a prompt of messages)");
+  CHECK(why(R"({"prompt":[],"chosen":"a","rejected":"b"})") ==
+        "chosen: mixed layouts (a string after a prompt of messages)");
   CHECK(why("{\"prompt\":\"q\",\"chosen\":\"a\",\"rejected\":[" + no + "]}") ==
         "rejected: mixed layouts (one answer is a string, the other a list of messages)");
   CHECK(why(R"({"prompt":"q","chosen_ids":[1],"rejected_ids":[2]})") == "chosen_ids: mixed layouts (beside prompt)");
@@ -153,7 +158,8 @@ TEST_CASE("answers that are empty, equal or not at the end") {
   CHECK(why(lists("\"q\"", "", no)) == "chosen: empty");
   CHECK(why(lists("", user + "," + yes, user + "," + yes)) == "rejected: equal to chosen");
   CHECK(why(lists("", user, user + "," + no)) == "chosen: assistant turn missing at the end (the last role is user)");
-  CHECK(why(lists("[" + user + "]", yes, user)) == "rejected: assistant turn missing at the end (the last role is user)");
+  CHECK(why(lists("[" + user + "]", yes, user)) ==
+        "rejected: assistant turn missing at the end (the last role is user)");
   CHECK(why(lists("[" + user + "]", yes + "," + user + "," + yes, no)) ==
         "chosen: more than one message of its own (3 messages; chosen and rejected may differ in the last one only)");
   CHECK(why(lists("\"other\"", user + "," + yes, user + "," + no)) ==
@@ -171,7 +177,8 @@ TEST_CASE("token ids that are out of range, no integers or leave nothing to scor
         "prompt_ids: token id out of range (-1 at index 0; 0 to 99 exist)");
   CHECK(why(R"({"prompt_ids":[18446744073709551615],"chosen_ids":[2],"rejected_ids":[3]})") ==
         "prompt_ids: token id out of range (18446744073709551615 at index 0; 0 to 2147483646 exist)");
-  CHECK(why(R"({"prompt_ids":[1],"chosen_ids":[2.0],"rejected_ids":[3]})") == "chosen_ids: not an integer (2.0 at index 0)");
+  CHECK(why(R"({"prompt_ids":[1],"chosen_ids":[2.0],"rejected_ids":[3]})") ==
+        "chosen_ids: not an integer (2.0 at index 0)");
   CHECK(why(R"({"prompt_ids":[1],"chosen_ids":["2"],"rejected_ids":[3]})") ==
         "chosen_ids: not an integer (a string at index 0)");
   CHECK(why(R"({"prompt_ids":"1","chosen_ids":[2],"rejected_ids":[3]})") ==

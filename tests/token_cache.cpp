@@ -41,7 +41,8 @@ struct Cache {
   bool hit(const ChatTemplate* chat_template = &letters) const { return load(chat_template)->report().from_cache; }
   std::vector<std::filesystem::path> files() const {
     std::vector<std::filesystem::path> found;
-    for (const auto& entry : std::filesystem::directory_iterator(folder.path() / "cache")) found.push_back(entry.path());
+    for (const auto& entry : std::filesystem::directory_iterator(folder.path() / "cache"))
+      found.push_back(entry.path());
     return found;
   }
 };
@@ -107,7 +108,9 @@ TEST_CASE("whatever decides the tokens is part of the key; limits and threads ar
   CHECK((*truncated)[99].trunk.back() == (*whole)[99].trunk.back());
   CHECK_FALSE(cache.hit(&bare));
   struct Shouting : LetterTemplate {
-    std::string prompt(const std::vector<Message>& messages) const override { return LetterTemplate::prompt(messages) + "!"; }
+    std::string prompt(const std::vector<Message>& messages) const override {
+      return LetterTemplate::prompt(messages) + "!";
+    }
   } const same_name;
   CHECK_FALSE(cache.hit(&same_name));
   const auto misses = [&](auto&& change) {
@@ -154,7 +157,8 @@ TEST_CASE("a cache file that is broken anywhere or cut off is made again") {
   CHECK(cache.files().size() == 1);
 }
 
-TEST_CASE("a bad row leaves no cache and no half-written file; skipped ones are remembered under the file's present name") {
+TEST_CASE(
+    "a bad row leaves no cache and no half-written file; skipped ones are remembered under the file's present name") {
   Cache cache;
   std::ofstream(cache.rows, std::ios::app) << "{}\n";
   CHECK_THROWS_AS(cache.load(), UserError);
@@ -182,7 +186,8 @@ TEST_CASE("without a folder to write in, tokens are kept in memory and a note sa
   const auto set = cache.load();
   CHECK_FALSE(set->report().from_cache);
   CHECK(equal(*cached, *set));
-  CHECK(set->report().note.starts_with("tokens are kept in memory, not cached (" + (cache.folder.path() / "file").string()));
+  CHECK(set->report().note.starts_with("tokens are kept in memory, not cached (" +
+                                       (cache.folder.path() / "file").string()));
 }
 
 TEST_CASE("the folder: ORPO_CACHE, else XDG_CACHE_HOME, else HOME") {
