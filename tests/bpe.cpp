@@ -9,6 +9,7 @@
 #include "src/fail.h"
 #include "tests/temporary_folder.h"
 #include "tokenizer/bpe.h"
+#include "tokenizer/splitter.h"
 #include "tokenizer/tokenizer.h"
 
 using namespace orpo;
@@ -45,6 +46,27 @@ TEST_CASE("token ids, decoded text and special tokens are those of Hugging Face"
       const auto ids = tokenizer->encode(texts[i].get<std::string>());
       CHECK(Json(ids) == expected["ids"][i]);
       if (!expected["decoded"].is_null()) CHECK(tokenizer->decode(ids) == expected["decoded"][i].get<std::string>());
+    }
+  }
+}
+
+TEST_CASE("the matchers of known patterns and PCRE2 cut the words that Hugging Face's expressions cut") {
+  const Json all = cases();
+  REQUIRE(all["patterns"].size() == 3);
+  for (const auto& [name, entry] : all["patterns"].items()) {
+    const auto pattern = entry["pattern"].get<std::string>();
+    const auto own = make_pattern_splitter(pattern, MatchBehavior::isolated, false, "here");
+    const auto general = make_pattern_splitter("(?:" + pattern + ")", MatchBehavior::isolated, false, "here");
+    for (size_t i = 0; i < all["sample"].size(); ++i) {
+      const auto text = all["sample"][i].get<std::string>();
+      CAPTURE(name);
+      CAPTURE(Json(text).dump());
+      std::vector<std::string_view> words, same;
+      own->split(text, words);
+      general->split(text, same);
+      CHECK(Json(words) == entry["words"][i]);
+      // U+11DE0 and U+1E4F1 are younger than PCRE2 10.42's Unicode.
+      if (text.find("\U00011DE0") == std::string::npos && text.find("\U0001E4F1") == std::string::npos) CHECK(same == words);
     }
   }
 }
@@ -102,6 +124,19 @@ TEST_CASE("long words are joined as short ones are") {
   bpe.encode(word, whole);
   REQUIRE(whole.size() == 300);
   for (size_t i = 0; i < whole.size(); ++i) CHECK(whole[i] == part[i % 3]);
+
+  // Of equal merges the leftmost comes first: an odd run leaves its last symbol alone.
+  BpeFiles run;
+  run.vocabulary = {{"a", 0}, {"aa", 1}};
+  run.merges = {{"a", "a"}};
+  run.byte_level = true;
+  const Bpe doubles(run, "here");
+  for (const size_t length : {5, 63, 65, 201}) {
+    std::vector<int32_t> ids, expected(length / 2, 1);
+    expected.push_back(0);
+    doubles.encode(std::string(length, 'a'), ids);
+    CHECK(ids == expected);
+  }
 }
 
 TEST_CASE("broken tokenizer files give one line that names the file and the place") {

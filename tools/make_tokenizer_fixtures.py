@@ -23,6 +23,7 @@ from compare_tokenizers import hostile
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 MARK = "\u2581"
 
@@ -139,9 +140,13 @@ def main():
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(unigram / "tokenizer.model"))
     plain = ["" if "<" in t else t for t in texts]  # special tokens are cut out before the library sees a text
     cases[unigram.name] = {"bos": 1, "eos": 2, "begins": True, "size": pieces.get_piece_size(), "texts": plain, "ids": pieces.encode(plain), "decoded": None}
+    # words alone: small vocabularies join too little to show every cut
+    sample = ["'\u017fx it'\u017f", " \n \n x", "a \r\n\r\n  b", "\n \t", "x\n  y", "it'S 'LL don't", "!!\n\n x", "\t-word", *texts[100:170]]
+    patterns = {"gpt2": GPT2, "qwen2": HEAD + TAIL, "llama3": HEAD + "{1,3}" + TAIL}
+    words = {n: {"pattern": p, "words": [[w for w, _ in pre_tokenizers.Split(Regex(p), "isolated").pre_tokenize_str(t)] for t in sample]} for n, p in patterns.items()}
     made = f"tools/make_tokenizer_fixtures.py: transformers {transformers.__version__}, tokenizers {tokenizers.__version__}, sentencepiece {sentencepiece.__version__}"
     with open(out / "tokenizer_cases.json", "w", encoding="ascii") as file:
-        file.write(json.dumps({"made_by": made, "texts": texts, "folders": cases}, separators=(",", ":")) + "\n")
+        file.write(json.dumps({"made_by": made, "texts": texts, "folders": cases, "sample": sample, "patterns": words}, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
