@@ -30,11 +30,13 @@ class Report:
     def __init__(self):
         self.failed = False
 
-    def line(self, what, worst, where, tolerance):
-        good = worst <= tolerance  # false for NaN
-        self.failed |= not good
-        verdict = "ok  " if good else "FAIL"
-        print(f"{verdict} {what:<28} largest difference {worst:.3g} ({where}), allowed {tolerance:g}")
+    def line(self, what, differences, tolerance):
+        """differences: {where: value}; NaN counts as largest and as beyond."""
+        where, worst = max(differences.items(), key=lambda item: (item[1] != item[1], item[1]))
+        beyond = sum(not value <= tolerance for value in differences.values())
+        self.failed |= beyond > 0
+        print(f"{'FAIL' if beyond else 'ok  '} {what:<28} largest difference {worst:.3g} ({where}), "
+              f"{beyond} of {len(differences)} beyond {tolerance:g}", flush=True)
 
 
 def run(*command):
@@ -54,11 +56,6 @@ def run_ours(programs, args, rows, out):
     run(programs / "orpo_train", *step, "--output", out / "trained")
 
 
-def largest(differences):
-    """The largest value and its key; NaN counts as largest."""
-    return max(((value, key) for key, value in differences.items()), key=lambda item: (item[0] != item[0], item[0]))
-
-
 def relative(ours, theirs):
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
@@ -68,13 +65,13 @@ def compare_per_pair(report, ours, theirs):
         sys.exit("compare_trl: orpo_eval --per-pair left out rows: " + str([pair["row"] for pair in ours]))
     for name in ("logps/chosen", "logps/rejected", "nll", "log_odds", "loss"):
         differences = {f"row {b['row']}": abs(a[name] - b[name]) for a, b in zip(ours, theirs)}
-        report.line(name, *largest(differences), STATISTICS * (2 if name == "log_odds" else 1))
+        report.line(name, differences, STATISTICS * (2 if name == "log_odds" else 1))
 
 
 def compare_tensors(report, what, ours, theirs, tolerance):
     if ours.keys() != theirs.keys():
         sys.exit(f"compare_trl: {what}: different tensors: {sorted(ours.keys() ^ theirs.keys())}")
-    report.line(what, *largest({name: relative(ours[name], t) for name, t in theirs.items()}), tolerance)
+    report.line(what, {name: relative(ours[name], t) for name, t in theirs.items()}, tolerance)
 
 
 def main():
@@ -109,8 +106,8 @@ def main():
         ours = [entry["loss"] for entry in steps if "loss" in entry]
         if len(ours) != len(theirs):
             sys.exit(f"compare_trl: {len(ours)} steps logged, TRL made {len(theirs)}")
-        report.line("loss of each step", *largest({f"step {i}": abs(a - b) for i, (a, b) in
-                                                   enumerate(zip(ours, theirs), 1)}), STATISTICS)
+        report.line("loss of each step", {f"step {i}": abs(a - b) for i, (a, b) in enumerate(zip(ours, theirs), 1)},
+                    STATISTICS)
         trained = AutoModelForCausalLM.from_pretrained(out / "trained", dtype=torch.float32)
         begin = dict(start.named_parameters())
 
