@@ -185,9 +185,10 @@ uint64_t hash_file_part(const fs::path& path, int64_t begin, int64_t bytes) {
 
 void make_folder(const fs::path& folder) {
   std::error_code error;
-  fs::create_directories(folder, error);
+  const bool made = fs::create_directories(folder, error);
   if (error || !fs::is_directory(folder, error))
     fail_machine(folder.string(), ": cannot be made a folder (", error ? error.message() : "a file of that name exists", ")");
+  if (made) sync_folder(folder_of(folder));
 }
 
 void sync_folder(const fs::path& folder) {

@@ -132,6 +132,18 @@ StoredWeights StoredWeights::of_file(const fs::path& file) {
   return weights;
 }
 
+std::map<std::string, std::string> parse_shard_index(std::string_view text, const fs::path& path) {
+  const Json json = parse_json(text, path.string());
+  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) fail(path.string(), ": has no weight_map");
+  std::map<std::string, std::string> places;
+  for (const auto& [tensor, file] : json["weight_map"].items()) {
+    const fs::path name = file.is_string() ? file.get<std::string>() : "";
+    if (name.empty() || name != name.filename() || name == "." || name == "..") fail(path.string(), ": weight_map gives tensor '", tensor, "' no file name of this folder");
+    places[tensor] = name;
+  }
+  return places;
+}
+
 StoredWeights StoredWeights::of_folder(const fs::path& folder) {
   const fs::path single = folder / "model.safetensors", index = folder / "model.safetensors.index.json";
   if (fs::exists(single)) return of_file(single);
@@ -140,15 +152,9 @@ StoredWeights StoredWeights::of_folder(const fs::path& folder) {
     fail(folder.string(), ": holds no model.safetensors and no model.safetensors.index.json",
          pickled ? "; its pytorch_model.bin has to be converted first: load it in transformers and call save_pretrained" : "");
   }
-  const Json json = parse_json(MappedFile(index).text(), index.string());
-  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) fail(index.string(), ": has no weight_map");
-
+  const std::map<std::string, std::string> places = parse_shard_index(MappedFile(index).text(), index);
   std::map<std::string, std::vector<std::string>> shards;  // file -> tensors
-  for (const auto& [tensor, file] : json["weight_map"].items()) {
-    if (!file.is_string() || fs::path(file.get<std::string>()).filename() != fs::path(file.get<std::string>()))
-      fail(index.string(), ": weight_map gives tensor '", tensor, "' no file name of this folder");
-    shards[file.get<std::string>()].push_back(tensor);
-  }
+  for (const auto& [tensor, file] : places) shards[file].push_back(tensor);
   StoredWeights weights;
   for (const auto& [file, names] : shards) {
     if (!fs::exists(folder / file))
@@ -161,7 +167,7 @@ StoredWeights StoredWeights::of_folder(const fs::path& folder) {
       if (const StoredTensor* t = weights.find(name); !t || t->file.filename() != file)
         fail((folder / file).string(), ": tensor '", name, "' is missing; ", index.filename().string(), " says that it is here");
   for (const StoredTensor& t : weights.tensors_)
-    if (!json["weight_map"].contains(t.name)) fail(t.file.string(), ": tensor '", t.name, "' is not in ", index.filename().string());
+    if (!places.contains(t.name)) fail(t.file.string(), ": tensor '", t.name, "' is not in ", index.filename().string());
   return weights;
 }
 

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <memory>
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -36,6 +36,9 @@ struct StoredTensor {
 // Reads the header of a safetensors file held in memory: names, dtypes, shapes, and data offsets that cover the file without gap or overlap.
 // Tensors come in the order of their data. Throws UserError naming file and tensor.
 std::vector<StoredTensor> parse_safetensors(std::span<const std::byte> file, const std::filesystem::path& path);
+
+// model.safetensors.index.json: tensor -> file of the same folder. Throws UserError.
+std::map<std::string, std::string> parse_shard_index(std::string_view json, const std::filesystem::path& path);
 
 // All tensors of a file, or of a model folder: model.safetensors, or the shards that model.safetensors.index.json names.
 class StoredWeights {

@@ -166,6 +166,30 @@ TEST_CASE("safetensors: weights come back as they went, rounded once") {
       }
 }
 
+TEST_CASE("safetensors: saved values are the nearest of the dtype") {
+  TinyFolder folder;
+  std::vector<float> values(37 * 12);
+  folder.model.backend->download(values.data(), folder.model.weights.embedding);
+  const auto expect = [&](StoredDType dtype, auto zero) {
+    using T = decltype(zero);
+    folder.save(dtype);
+    const StoredWeights stored = StoredWeights::of_folder(folder.path());
+    std::vector<T> saved(values.size());
+    std::memcpy(saved.data(), stored.find("model.embed_tokens.weight")->data.data(), saved.size() * sizeof(T));
+    double furthest = 0;
+    for (size_t i = 0; i < values.size(); ++i) {
+      CHECK(static_cast<float>(saved[i]) == static_cast<float>(T(values[i])));
+      furthest = std::max(furthest, std::abs(static_cast<double>(static_cast<float>(saved[i])) / values[i] - 1));
+    }
+    return furthest;
+  };
+  CHECK(expect(StoredDType::f32, float()) == 0);
+  const double bf16_error = expect(StoredDType::bf16, bf16()), f16_error = expect(StoredDType::f16, f16());
+  CHECK(bf16_error > 0x1p-10);
+  CHECK(bf16_error <= 0x1p-8);  // half a unit in the last of 8 places
+  CHECK(f16_error > 0x1p-13);
+}
+
 TEST_CASE("safetensors: our fused tensors hold Hugging Face's parts along out") {
   TinyFolder folder;
   const Config& c = folder.model.config;
