@@ -261,7 +261,7 @@ TEST_CASE("rows past the limits are dropped, or cut: the prompt keeps its end, t
 
 TEST_CASE("an answer after a prompt that fills the limit still has room: an eighth of it") {
   std::string prompt = "[0";
-  for (int i = 1; i < 100; ++i) prompt += "," + std::to_string(i);
+  for (int i = 1; i < 100; ++i) prompt += concat(",", i);
   DataSettings s = settings(80);
   s.on_long = OnLong::truncate;
   const auto sizes = [&](const std::string& chosen) {
@@ -272,6 +272,20 @@ TEST_CASE("an answer after a prompt that fills the limit still has room: an eigh
   };
   CHECK(sizes("[5,6,7]") == Ids{77, 3, 1});
   CHECK(sizes("[5,6,7,1,2,3,4,5,6,7,8,9,10]") == Ids{70, 10, 1});
+}
+
+TEST_CASE("the set and fit_to_limits cut the same tokens") {
+  DataSettings s = settings(7);
+  s.on_long = OnLong::truncate;
+  const std::string text = R"({"prompt_ids":[1,2,3,4,5,6,7,8,9],"chosen_ids":[21,22,23],"rejected_ids":[31,32]})";
+  const auto whole = load(text), set = load(text, s);
+  TokenPair cut = (*whole)[0];
+  CHECK(fit_to_limits(cut, s) == Fit::truncated);
+  for (const TokenPair& pair : {cut, (*set)[0]}) {
+    CHECK(Ids(pair.trunk.begin(), pair.trunk.end()) == Ids{4, 5, 6, 7, 8, 9});
+    CHECK(Ids(pair.chosen.begin(), pair.chosen.end()) == Ids{21});
+    CHECK(Ids(pair.rejected.begin(), pair.rejected.end()) == Ids{31});
+  }
 }
 
 TEST_CASE("a pair that truncation makes equal is dropped") {
