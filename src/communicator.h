@@ -1,4 +1,5 @@
-// Ranks working on one step together. Only communicator_*.cpp sees a transport library; training sees sums and decisions.
+// Ranks working on one step together. Only communicator_*.cpp sees a transport library; training sees sums and
+// decisions.
 #pragma once
 
 #include <memory>
@@ -10,7 +11,7 @@ namespace orpo {
 
 struct Communicator {
   virtual ~Communicator() = default;
-  virtual int rank() const = 0;   // 0 ... size - 1
+  virtual int rank() const = 0;  // 0 ... size - 1
   virtual int size() const = 0;
   // x = sum of x over all ranks, in place, the same bits on every rank. x: gradients, fp32.
   virtual void all_reduce(const Tensor& x) = 0;

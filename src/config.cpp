@@ -15,8 +15,10 @@ namespace {
 // Names of other trainers that nearly mean an option of ours, and the option to use.
 const std::map<std::string, const char*>& near_misses() {
   static const std::map<std::string, const char*> names = {
-      {"per-device-train-batch-size", "a step's pairs on all devices together are --batch-pairs; rows computed at a time are --micro-tokens"},
-      {"gradient-accumulation-steps", "a step's pairs are --batch-pairs; accumulation over micro-batches of --micro-tokens rows follows by itself"},
+      {"per-device-train-batch-size",
+       "a step's pairs on all devices together are --batch-pairs; rows computed at a time are --micro-tokens"},
+      {"gradient-accumulation-steps",
+       "a step's pairs are --batch-pairs; accumulation over micro-batches of --micro-tokens rows follows by itself"},
       {"per-device-eval-batch-size", "evaluation computes --micro-tokens rows at a time"},
       {"eval-batch-size", "evaluation computes --micro-tokens rows at a time"},
       {"train-batch-size", "use --batch-pairs: pairs of a whole step"},
@@ -31,7 +33,8 @@ const std::map<std::string, const char*>& near_misses() {
       {"logging-steps", "every step is logged, to metrics.jsonl in --output"},
       {"logging-dir", "use --metrics FILE; TensorBoard events lie in --output"},
       {"lr", "use --learning-rate"},
-      {"lr-scheduler-type", "use --lr-schedule constant, linear, cosine or inverse-sqrt; --warmup-steps works with each"},
+      {"lr-scheduler-type",
+       "use --lr-schedule constant, linear, cosine or inverse-sqrt; --warmup-steps works with each"},
       {"warmup-ratio", "use --warmup-steps"},
       {"optim", "the optimiser is AdamW; see --adam-beta1 and the options after it"},
       {"eval-strategy", "use --eval-every STEPS"},
@@ -81,7 +84,8 @@ size_t distance(const std::string& a, const std::string& b) {
 
 const Option* find_option(Program program, const std::string& name) {
   for (const Option& o : option_table())
-    if (o.concerns(program) && (o.name == name || std::find(o.aliases.begin(), o.aliases.end(), name) != o.aliases.end()))
+    if (o.concerns(program) &&
+        (o.name == name || std::find(o.aliases.begin(), o.aliases.end(), name) != o.aliases.end()))
       return &o;
   return nullptr;
 }
@@ -89,7 +93,8 @@ const Option* find_option(Program program, const std::string& name) {
 [[noreturn]] void unknown(Program program, const std::string& where, const std::string& name) {
   if (const auto near = near_misses().find(name); near != near_misses().end()) fail(where, ": ", near->second);
   for (Program other : {Program::train, Program::eval, Program::data})
-    if (find_option(other, name)) fail(where, ": an option of ", program_name(other), ", not of ", program_name(program));
+    if (find_option(other, name))
+      fail(where, ": an option of ", program_name(other), ", not of ", program_name(program));
   std::string nearest = "config";
   for (const Option& o : option_table())
     if (o.concerns(program) && distance(name, o.name) < distance(name, nearest)) nearest = o.name;
@@ -147,7 +152,8 @@ CommandLine read_command_line(Program program, int argc, const char* const* argv
     if (!option && name != "config") unknown(program, where, name);
     const bool list = option && option->list;
     const bool wants_value = !option || !option->is_flag();
-    while (wants_value && i < argc && std::string(argv[i]).compare(0, 2, "--") != 0 && (values.empty() || list)) values.push_back(argv[i++]);
+    while (wants_value && i < argc && std::string(argv[i]).compare(0, 2, "--") != 0 && (values.empty() || list))
+      values.push_back(argv[i++]);
     if (values.empty() && option && !option->implied.empty()) values.push_back(option->implied);
     if (values.empty()) fail(where, ": needs a value (", option ? option->value : "FILE", ")");
     if (option)
@@ -164,7 +170,8 @@ void read_config_file(Program program, const std::string& file, Options& options
     const Option* option = find_option(program, name);
     if (!option) {
       // A recipe serves every program: what concerns another one is left to it.
-      const bool other = find_option(Program::train, name) || find_option(Program::eval, name) || find_option(Program::data, name);
+      const bool other =
+          find_option(Program::train, name) || find_option(Program::eval, name) || find_option(Program::data, name);
       if (other) continue;
       unknown(program, where, name);
     }
@@ -179,13 +186,16 @@ void check_together(Program program, const Options& o) {
     if (o.model.empty()) fail("--model: which model? Give a Hugging Face folder");
     if (o.data.empty()) fail("--data: which rows? Give JSON Lines files");
   } else if (o.resume.empty()) {
-    if (o.model.empty() && !o.data.empty()) fail("--model: which model? Give a Hugging Face folder, or neither --model nor --data for the demonstration");
+    if (o.model.empty() && !o.data.empty())
+      fail("--model: which model? Give a Hugging Face folder, or neither --model nor --data for the demonstration");
     if (!o.model.empty() && o.data.empty() && !o.plan) fail("--data: which rows? Give JSON Lines files");
     if (o.model.empty() && o.plan) fail("--plan: needs --model (a folder with a config.json)");
     if (o.model.empty() && o.init == Init::random) fail("--init: random needs --model (a folder with a config.json)");
   }
-  if (o.overwrite && !o.resume.empty()) fail("--resume: goes on with the run that --overwrite would replace; give one of them");
-  if (!o.save_gradients.empty() && !o.resume.empty()) fail("--save-gradients: shows the first step of a fresh run; leave out --resume");
+  if (o.overwrite && !o.resume.empty())
+    fail("--resume: goes on with the run that --overwrite would replace; give one of them");
+  if (!o.save_gradients.empty() && !o.resume.empty())
+    fail("--save-gradients: shows the first step of a fresh run; leave out --resume");
   if (o.max_length && o.max_prompt_length > o.max_length)
     fail("--max-prompt-length: ", o.max_prompt_length, " is more than --max-length ", o.max_length);
   if (o.device == "cuda") fail("--device: this build has no CUDA backend; use cpu");
@@ -202,7 +212,8 @@ Options parse_options(Program program, int argc, const char* const* argv) {
   }
   Options options;
   if (!line.config.empty()) read_config_file(program, line.config, options);
-  const std::set<std::string> from_file = std::exchange(options.given, {});  // so that a list given here replaces the file's
+  const std::set<std::string> from_file =
+      std::exchange(options.given, {});  // so that a list given here replaces the file's
   for (const Given& given : line.options) assign(options, *given.option, given.where, given.values);
   options.given.insert(from_file.begin(), from_file.end());
   check_together(program, options);
@@ -216,7 +227,9 @@ std::string help_text(Program program) {
   if (program == Program::train) text += "Without --model and --data: the shipped demonstration.\n";
   const auto line = [&](std::string left, const std::string& right) {
     left = "  " + left;
-    text += left + (left.size() + 1 < column ? std::string(column - left.size(), ' ') : "\n" + std::string(column, ' ')) + right + "\n";
+    text += left +
+            (left.size() + 1 < column ? std::string(column - left.size(), ' ') : "\n" + std::string(column, ' ')) +
+            right + "\n";
   };
   std::string group;
   for (const Option& o : option_table()) {
@@ -224,7 +237,8 @@ std::string help_text(Program program) {
     if (group != o.group) text += concat("\n", group = o.group, "\n");
     const std::string value = o.default_text.empty() ? o.get(defaults) : o.default_text;
     const bool says_default = !value.empty() && value != "false";
-    line("--" + o.name + (o.is_flag() ? "" : " " + o.value), o.help + (says_default ? " (default: " + (value == "true" ? "on" : value) + ")" : ""));
+    line("--" + o.name + (o.is_flag() ? "" : " " + o.value),
+         o.help + (says_default ? " (default: " + (value == "true" ? "on" : value) + ")" : ""));
   }
   text += "\nEvery program\n";
   line("--config FILE", "options from a TOML file, under the same names; the command line wins");
@@ -242,7 +256,8 @@ std::vector<std::pair<std::string, std::string>> option_values(Program program, 
 std::string toml_text(const std::vector<std::pair<std::string, std::string>>& values) {
   const auto quoted = [](const std::string& text) {
     std::string out = "\"";
-    for (const char c : text) out += c == '"' || c == '\\' ? std::string("\\") + c : c == '\n' ? "\", \"" : std::string(1, c);
+    for (const char c : text)
+      out += c == '"' || c == '\\' ? std::string("\\") + c : c == '\n' ? "\", \"" : std::string(1, c);
     return out + "\"";
   };
   std::string text;
@@ -250,8 +265,8 @@ std::string toml_text(const std::vector<std::pair<std::string, std::string>>& va
     const Option* option = find_option(Program::train, name);
     if (value.empty() || !option || option->resume == Option::Resume::asks) continue;
     if (!option->default_text.empty() && value == option->get(Options{})) continue;  // "0" there stands for "by itself"
-    const bool bare = value == "true" || value == "false" || option->value == "N" || option->value == "X" || option->value == "TOKENS" ||
-                      option->value == "STEPS" || option->value == "ROWS";
+    const bool bare = value == "true" || value == "false" || option->value == "N" || option->value == "X" ||
+                      option->value == "TOKENS" || option->value == "STEPS" || option->value == "ROWS";
     text += concat(name, " = ", bare ? value : option->list ? "[" + quoted(value) + "]" : quoted(value), "\n");
   }
   return text;
@@ -266,8 +281,8 @@ void adopt_options(Options& options, const std::vector<std::pair<std::string, st
     if (option.resume == Option::Resume::asks) continue;
     if (options.given.count(name)) {
       if (option.resume == Option::Resume::insists && option.get(options) != value)
-        fail("--", name, ": this run was started with '", value, "', and its checkpoint means nothing with '", option.get(options),
-             "'; leave the option out, or start afresh");
+        fail("--", name, ": this run was started with '", value, "', and its checkpoint means nothing with '",
+             option.get(options), "'; leave the option out, or start afresh");
       continue;
     }
     if (value == option.get(defaults)) continue;

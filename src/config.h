@@ -1,4 +1,5 @@
-// The options of every program: one table (config.cpp) generates the defaults, the parser, --help, the run's log and the checkpoint's copy.
+// The options of every program: one table (config.cpp) generates the defaults, the parser, --help, the run's log and
+// the checkpoint's copy.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +23,9 @@ enum class SaveDType { as_input, bf16, fp16, fp32 };
 
 struct Options {
   // model
-  std::string model;         // Hugging Face folder; empty: the demonstration (orpo_train)
-  Init init = Init::model;   // random: config.json and tokenizer of the folder, weights drawn anew
-  std::string chat_template; // --template; empty: the model folder's own
+  std::string model;          // Hugging Face folder; empty: the demonstration (orpo_train)
+  Init init = Init::model;    // random: config.json and tokenizer of the folder, weights drawn anew
+  std::string chat_template;  // --template; empty: the model folder's own
   // data
   std::vector<std::string> data, eval_data;
   int64_t max_length = 0;         // 0: 2048, or the model's positions if fewer
@@ -51,17 +52,17 @@ struct Options {
   int64_t micro_tokens = 0;  // rows computed at a time; 0: chosen by plan.h
   DTypeChoice dtype = DTypeChoice::automatic;
   std::string device = "auto";
-  int threads = 0;           // 0: all the machine has
-  int64_t device_memory = 0; // bytes; 0: the machine's
+  int threads = 0;            // 0: all the machine has
+  int64_t device_memory = 0;  // bytes; 0: the machine's
   bool plan = false;
   // run
   std::string output = "out";
   bool overwrite = false;
-  std::string resume;        // "newest" or a checkpoint folder; empty: a fresh run
+  std::string resume;                      // "newest" or a checkpoint folder; empty: a fresh run
   int64_t eval_every = 0, save_every = 0;  // steps; 0: at the end only
   int64_t keep = 2;
   SaveDType save_dtype = SaveDType::as_input;
-  std::string metrics;       // file; empty: OUT/metrics.jsonl
+  std::string metrics;             // file; empty: OUT/metrics.jsonl
   int64_t stop_after_seconds = 0;  // 0: never
   std::string save_gradients;
   // orpo_eval, orpo_data
@@ -72,22 +73,24 @@ struct Options {
   std::set<std::string> given;  // names set by the command line or --config, not by default
 };
 
-// Reads the command line (and the TOML file that --config names; the command line wins). Throws UserError: unknown option (with the nearest
-// name, or the option to use where a name of other trainers nearly means the same), missing or malformed value, value out of range, options
-// that exclude each other. --help prints the program's options on stdout and exits 0.
+// Reads the command line (and the TOML file that --config names; the command line wins). Throws UserError: unknown
+// option (with the nearest name, or the option to use where a name of other trainers nearly means the same), missing or
+// malformed value, value out of range, options that exclude each other. --help prints the program's options on stdout
+// and exits 0.
 Options parse_options(Program program, int argc, const char* const* argv);
 
 // The help text of a program, options grouped, defaults stated.
 std::string help_text(Program program);
 
-// Every option of the program with its value, in the table's order: the run's log and the checkpoint's copy. Values are written as the parser reads them; lists joined by newlines.
+// Every option of the program with its value, in the table's order: the run's log and the checkpoint's copy. Values are
+// written as the parser reads them; lists joined by newlines.
 std::vector<std::pair<std::string, std::string>> option_values(Program program, const Options& options);
 
 // The same as a recipe for --config: options that hold no value are left out.
 std::string toml_text(const std::vector<std::pair<std::string, std::string>>& values);
 
-// Takes from a checkpoint's copy every option that was not given. Options that a resumed run must share (what fixes the order of the pairs)
-// and that were given differently: UserError.
+// Takes from a checkpoint's copy every option that was not given. Options that a resumed run must share (what fixes the
+// order of the pairs) and that were given differently: UserError.
 void adopt_options(Options& options, const std::vector<std::pair<std::string, std::string>>& saved);
 
 // "512M", "80G", "80GiB", plain bytes; powers of 1024. Throws UserError.

@@ -72,7 +72,8 @@ std::string seconds_text(double seconds) {
   if (s < 3600)
     std::snprintf(buffer, sizeof buffer, "%d:%02d", static_cast<int>(s / 60), static_cast<int>(s % 60));
   else
-    std::snprintf(buffer, sizeof buffer, "%lld:%02d:%02d", static_cast<long long>(s / 3600), static_cast<int>(s / 60 % 60), static_cast<int>(s % 60));
+    std::snprintf(buffer, sizeof buffer, "%lld:%02d:%02d", static_cast<long long>(s / 3600),
+                  static_cast<int>(s / 60 % 60), static_cast<int>(s % 60));
   return buffer;
 }
 

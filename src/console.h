@@ -1,5 +1,6 @@
-// What a person sees while a program works, on stderr: lines that stay, and one progress line that is overwritten. Where stderr is no terminal
-// everything is a plain line, progress at most every few seconds. NO_COLOR and FORCE_COLOR are honoured.
+// What a person sees while a program works, on stderr: lines that stay, and one progress line that is overwritten.
+// Where stderr is no terminal everything is a plain line, progress at most every few seconds. NO_COLOR and FORCE_COLOR
+// are honoured.
 #pragma once
 
 #include <chrono>
@@ -18,7 +19,9 @@ class Console {
   ~Console() { finish(); }
 
   template <class... Parts>
-  void say(const Parts&... parts) { line(concat(parts...)); }
+  void say(const Parts&... parts) {
+    line(concat(parts...));
+  }
   void line(const std::string& text);
   // The current state of the work; last: keep it on the screen, however recent the one before.
   void progress(const std::string& text, bool last = false);

@@ -21,7 +21,8 @@ Batch sequence(const std::vector<int32_t>& tokens) {
 
 }  // namespace
 
-std::vector<int32_t> decode_greedily(DeviceModel& model, std::span<const int32_t> prompt, int32_t stop, int64_t max_tokens) {
+std::vector<int32_t> decode_greedily(DeviceModel& model, std::span<const int32_t> prompt, int32_t stop,
+                                     int64_t max_tokens) {
   if (prompt.empty()) fail_machine("decode: a prompt has at least one token");
   std::vector<int32_t> tokens(prompt.begin(), prompt.end());
   std::vector<float> scores(model.config.vocab);

@@ -35,7 +35,8 @@ fs::path data_folder() {
     if (fs::exists(folder / "data/demonstration/train.jsonl")) return folder / "data/demonstration";
     if (folder == folder.parent_path()) break;
   }
-  fail("data/demonstration is not beside ", program.string(), " or above it; run the demonstration from the repository, or give --model and --data");
+  fail("data/demonstration is not beside ", program.string(),
+       " or above it; run the demonstration from the repository, or give --model and --data");
 }
 
 Options base_act(const Options& given, const fs::path& data, const fs::path& base) {
@@ -50,7 +51,8 @@ Options base_act(const Options& given, const fs::path& data, const fs::path& bas
   act.output = base.string();
   act.overwrite = true;
   act.seed = given.seed, act.threads = given.threads, act.device = given.device;
-  act.dtype = given.given.count("dtype") ? given.dtype : DTypeChoice::fp32;  // a model this small gains nothing from bf16
+  act.dtype =
+      given.given.count("dtype") ? given.dtype : DTypeChoice::fp32;  // a model this small gains nothing from bf16
   return act;
 }
 
@@ -85,7 +87,8 @@ Impression impression(Options options, const fs::path& model, const std::vector<
   Impression result;
   result.sums = evaluate(loaded.model(), *set, loaded.micro_tokens()).value_or(PairSums{});
   for (const int64_t row : asked) {
-    const std::vector<int32_t> ids = decode_greedily(loaded.model(), (*set)[row].trunk, tokenizer->end_of_sequence.value_or(-1), answer_tokens);
+    const std::vector<int32_t> ids =
+        decode_greedily(loaded.model(), (*set)[row].trunk, tokenizer->end_of_sequence.value_or(-1), answer_tokens);
     std::string text = tokenizer->decode(ids, true);
     for (char& c : text)
       if (c == '\n') c = ' ';
@@ -98,11 +101,13 @@ std::vector<std::string> questions(const fs::path& file, const std::vector<int64
   std::vector<std::string> lines, asked;
   std::ifstream in(file);
   for (std::string line; std::getline(in, line);) lines.push_back(line);
-  for (const int64_t row : rows) asked.push_back(parse_json(lines.at(row), file.string()).at("prompt").get<std::string>());
+  for (const int64_t row : rows)
+    asked.push_back(parse_json(lines.at(row), file.string()).at("prompt").get<std::string>());
   return asked;
 }
 
-std::string result_text(const Impression& before, const Impression& after, const std::vector<std::string>& asked, const Options& act) {
+std::string result_text(const Impression& before, const Impression& after, const std::vector<std::string>& asked,
+                        const Options& act) {
   std::string text;
   const auto line = [&](const char* what, double a, double b) {
     char buffer[120];
@@ -111,7 +116,8 @@ std::string result_text(const Impression& before, const Impression& after, const
   };
   const auto mean = [](double sum, const PairSums& s) { return sum / s.pairs; };
   const PairSums &b = before.sums, &a = after.sums;
-  text += concat("\n", static_cast<int64_t>(a.pairs), " held-out pairs, about subjects that no training pair mentions\n");
+  text +=
+      concat("\n", static_cast<int64_t>(a.pairs), " held-out pairs, about subjects that no training pair mentions\n");
   text += concat("  ", std::string(39, ' '), "before    after\n");
   line("mean log-probability, chosen", mean(b.chosen, b), mean(a.chosen, a));
   line("mean log-probability, rejected", mean(b.rejected, b), mean(a.rejected, a));
@@ -124,31 +130,40 @@ std::string result_text(const Impression& before, const Impression& after, const
   if (act.objective == Objective::sft)
     text += "  ./orpo_train                        the same with the odds ratio: the rejected answers fall\n";
   else
-    text += "  ./orpo_train --objective sft        supervised training alone: the rejected answers rise with the chosen ones\n";
-  text += concat("  ./orpo_train --lambda 1             a stronger preference\n"
-                 "  ./orpo_train --model DIR --data FILE.jsonl --output OUT      your model (a Hugging Face folder) and your pairs\n"
-                 "  the trained model is in ", act.output, ", its curves in ", act.output, "/metrics.jsonl\n");
+    text +=
+        "  ./orpo_train --objective sft        supervised training alone: the rejected answers rise with the chosen "
+        "ones\n";
+  text += concat(
+      "  ./orpo_train --lambda 1             a stronger preference\n"
+      "  ./orpo_train --model DIR --data FILE.jsonl --output OUT      your model (a Hugging Face folder) and your "
+      "pairs\n"
+      "  the trained model is in ",
+      act.output, ", its curves in ", act.output, "/metrics.jsonl\n");
   return text;
 }
 
 }  // namespace
 
 int demonstrate(const Options& given, int (*train)(const Options&)) {
-  const fs::path data = data_folder(), out = given.given.count("output") ? fs::path(given.output) : fs::path(default_output), base = out / "base";
+  const fs::path data = data_folder(),
+                 out = given.given.count("output") ? fs::path(given.output) : fs::path(default_output),
+                 base = out / "base";
   const Options first = base_act(given, data, base), second = preference_act(given, data, base, out);
   if (!second.overwrite && fs::exists(out) && !fs::is_empty(out))
-    fail("--output: ", out.string(), " holds something that is not the demonstration's; name another folder, or give --overwrite");
+    fail("--output: ", out.string(),
+         " holds something that is not the demonstration's; name another folder, or give --overwrite");
   make_folder(out);
   write_file(out / marker, "");
 
-  console().line(console().styled("Act one: a base model learns plain text in which friendly and grumpy sentences both occur.", Style::bold));
+  console().line(console().styled(
+      "Act one: a base model learns plain text in which friendly and grumpy sentences both occur.", Style::bold));
   if (const int status = train(first); status != exit_finished) return status;
   console().line(console().styled("Act two: the same model learns from pairs of answers.", Style::bold));
   if (const int status = train(second); status != exit_finished) return status;
 
-  const int64_t rows = 200;
-  const std::vector<int64_t> asked = {0, rows / 3, 2 * rows / 3};
-  const std::string text = result_text(impression(second, base, asked), impression(second, out, asked), questions(data / "eval.jsonl", asked), second);
+  const std::vector<int64_t> asked = {3, 1, 37};  // rows of eval.jsonl, about three subjects
+  const std::string text = result_text(impression(second, base, asked), impression(second, out, asked),
+                                       questions(data / "eval.jsonl", asked), second);
   std::fputs(text.c_str(), stdout);
   write_file(out / marker, text);
   return exit_finished;

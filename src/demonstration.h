@@ -5,8 +5,9 @@
 
 namespace orpo {
 
-// Two acts on generated data: a small base model learns plain text in which friendly and grumpy sentences both occur; then it is trained on
-// dialogue pairs. train: what runs each act, the same as any run. Shows before and after on held-out pairs. Returns the exit status.
+// Two acts on generated data: a small base model learns plain text in which friendly and grumpy sentences both occur;
+// then it is trained on dialogue pairs. train: what runs each act, the same as any run. Shows before and after on
+// held-out pairs. Returns the exit status.
 int demonstrate(const Options& options, int (*train)(const Options&));
 
 }  // namespace orpo

@@ -1,4 +1,5 @@
-// ./orpo_eval: what a model makes of preference pairs. Means on stdout; with --per-pair one JSON line a kept row, in file order.
+// ./orpo_eval: what a model makes of preference pairs. Means on stdout; with --per-pair one JSON line a kept row, in
+// file order.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -47,15 +48,17 @@ int evaluate_rows(Options options) {
   std::string lines;
   int64_t rows = 0;
   catch_stop_signals();
-  const std::optional<PairSums> sums = evaluate(loaded.model(), *set, loaded.micro_tokens(), [&](const TokenPair& pair, const PairResult& result) {
-    if (!options.per_pair.empty()) lines += pair_line(pair, result, loaded.model().head);
-    rows += 1;
-    console().progress(concat("row ", rows, "/", set->size()), rows == set->size());
-  });
+  const std::optional<PairSums> sums =
+      evaluate(loaded.model(), *set, loaded.micro_tokens(), [&](const TokenPair& pair, const PairResult& result) {
+        if (!options.per_pair.empty()) lines += pair_line(pair, result, loaded.model().head);
+        rows += 1;
+        console().progress(concat("row ", rows, "/", set->size()), rows == set->size());
+      });
   if (!sums) fail_machine(stop_reason(), ": stopped after ", rows, " of ", set->size(), " rows; nothing was written");
   if (!options.per_pair.empty()) write_file_atomically(options.per_pair, lines);
   std::printf("rows %lld\n", static_cast<long long>(sums->rows));
-  for (const auto& [name, value] : preference_metrics(*sums, loaded.model().head)) std::printf("%s %.6g\n", name.c_str(), value);
+  for (const auto& [name, value] : preference_metrics(*sums, loaded.model().head))
+    std::printf("%s %.6g\n", name.c_str(), value);
   return exit_finished;
 }
 

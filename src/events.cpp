@@ -22,7 +22,8 @@ constexpr std::array<uint32_t, 256> castagnoli = [] {
   return table;
 }();
 
-static_assert(std::endian::native == std::endian::little, "TFRecord and protobuf fields are written as they lie in memory");
+static_assert(std::endian::native == std::endian::little,
+              "TFRecord and protobuf fields are written as they lie in memory");
 
 template <class T>
 std::string raw(T value) {
@@ -40,11 +41,17 @@ std::string varint(uint64_t value) {
 std::string field_varint(int number, uint64_t value) { return varint(number << 3) + varint(value); }
 std::string field_double(int number, double value) { return varint(number << 3 | 1) + raw(value); }
 std::string field_float(int number, float value) { return varint(number << 3 | 5) + raw(value); }
-std::string field_bytes(int number, const std::string& value) { return varint(number << 3 | 2) + varint(value.size()) + value; }
+std::string field_bytes(int number, const std::string& value) {
+  return varint(number << 3 | 2) + varint(value.size()) + value;
+}
 
-double wall_time() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
+double wall_time() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
 
-std::string event(int64_t step, const std::string& what) { return field_double(1, wall_time()) + field_varint(2, static_cast<uint64_t>(step)) + what; }
+std::string event(int64_t step, const std::string& what) {
+  return field_double(1, wall_time()) + field_varint(2, static_cast<uint64_t>(step)) + what;
+}
 
 // TFRecord masks its checksums, so that a checksum of data that holds checksums stays sound.
 std::string masked_crc(std::string_view bytes) {
@@ -85,7 +92,8 @@ void EventsFile::record(const std::string& event) {
 void EventsFile::scalars(int64_t step, const std::vector<std::pair<std::string, double>>& values) {
   std::string summary;
   for (const auto& [tag, value] : values)
-    if (std::isfinite(value)) summary += field_bytes(1, field_bytes(1, tag) + field_float(2, static_cast<float>(value)));
+    if (std::isfinite(value))
+      summary += field_bytes(1, field_bytes(1, tag) + field_float(2, static_cast<float>(value)));
   record(event(step, field_bytes(5, summary)));
 }
 

@@ -1,4 +1,5 @@
-// TensorBoard's events file: a TFRecord stream of Event messages (tensorflow/core/util/event.proto) with scalar summaries.
+// TensorBoard's events file: a TFRecord stream of Event messages (tensorflow/core/util/event.proto) with scalar
+// summaries.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +17,15 @@ uint32_t crc32c(std::string_view bytes);
 
 class EventsFile {
  public:
-  // A new file in the folder, named after the time; steps of earlier files from first_step on are withdrawn (a resumed run repeats them).
+  // A new file in the folder, named after the time; steps of earlier files from first_step on are withdrawn (a resumed
+  // run repeats them).
   EventsFile(const std::filesystem::path& folder, int64_t first_step);
   ~EventsFile();
   EventsFile(const EventsFile&) = delete;
   EventsFile& operator=(const EventsFile&) = delete;
 
-  void scalars(int64_t step, const std::vector<std::pair<std::string, double>>& values);  // values that are not finite are left out
+  void scalars(int64_t step,
+               const std::vector<std::pair<std::string, double>>& values);  // values that are not finite are left out
 
  private:
   void record(const std::string& event);

@@ -26,7 +26,9 @@ LoadedModel::LoadedModel(const Options& options, const ModelDescription& descrip
       backend_(open_backend(options)),
       state_("state", *backend_, plan_.state_bytes),
       scratch_("scratch", *backend_, plan_.scratch_bytes),
-      model_{request_.config, request_.dtype, TrainingTensors::allocate_weights(request_.config, request_.dtype, state_), request_.head, *backend_, scratch_} {
+      model_{
+          request_.config, request_.dtype, TrainingTensors::allocate_weights(request_.config, request_.dtype, state_),
+          request_.head,   *backend_,      scratch_} {
   load_weights(options.model, request_.config, model_.tensors.weights, *backend_);
 }
 

@@ -1,4 +1,5 @@
-// What a step or an evaluation says about itself. Definitions: sums travel (through micro-batches and ranks), and are divided once.
+// What a step or an evaluation says about itself. Definitions: sums travel (through micro-batches and ranks), and are
+// divided once.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ double metric(const MetricList& metrics, const std::string& name);  // NaN where
 
 // Sums over rows of data. lw, ll: mean log-probability of a response token; D, delta, h: objective.h.
 struct PairSums {
-  double nll = 0;         // -sum of log p over the tokens of the supervised loss (the prompt's too with --nll-scope full)
+  double nll = 0;  // -sum of log p over the tokens of the supervised loss (the prompt's too with --nll-scope full)
   double nll_tokens = 0;
   double rows = 0;        // rows, with or without a rejected branch
   double chosen = 0;      // sum of lw over rows
@@ -43,21 +44,24 @@ struct PairSums {
 // L = NLL + lambda * mean softplus(-D), the loss that the step descended.
 double loss_of(const PairSums& sums, const HeadSettings& settings);
 
-// loss nll_loss log_odds_ratio log_odds_chosen rewards/* logps/* delta h_*, each name after `prefix` ("eval_" for evaluations). Means over pairs:
-// log_odds_ratio of log sigmoid(D), log_odds_chosen of D, rewards/chosen of lambda * lw, rewards/accuracies of lw > ll. The names that need
-// a rejected branch are left out where no row has one.
+// loss nll_loss log_odds_ratio log_odds_chosen rewards/* logps/* delta h_*, each name after `prefix` ("eval_" for
+// evaluations). Means over pairs: log_odds_ratio of log sigmoid(D), log_odds_chosen of D, rewards/chosen of lambda *
+// lw, rewards/accuracies of lw > ll. The names that need a rejected branch are left out where no row has one.
 MetricList preference_metrics(const PairSums& sums, const HeadSettings& settings, const std::string& prefix = "");
 
 // The work in some rows of data, shared prompts counted once.
 struct Work {
   double tokens = 0, rows = 0, targets = 0, visible = 0, pairs = 0;
-  // targets here: rows with a target (the last trunk row, which predicts two tokens, once); visible: (query, key) pairs under the causal mask.
+  // targets here: rows with a target (the last trunk row, which predicts two tokens, once); visible: (query, key) pairs
+  // under the causal mask.
   void add(const TokenPair& pair, bool score_prompt);
-  // 6 x matrix weights x rows (the head's only for rows with a target) + 12 x layers x heads * head_dim x visible pairs.
+  // 6 x matrix weights x rows (the head's only for rows with a target) + 12 x layers x heads * head_dim x visible
+  // pairs.
   double training_flops(const Config& config) const;
 };
 
-// The machine's matrix product rate in a dtype, FLOP/s: the best of a few 2048^3 products. Takes a fraction of a second and frees its memory.
+// The machine's matrix product rate in a dtype, FLOP/s: the best of a few 2048^3 products. Takes a fraction of a second
+// and frees its memory.
 double measure_gemm_rate(Backend& backend, DType dtype);
 
 // Most memory the process ever held, bytes.
@@ -69,7 +73,8 @@ std::string json_line(const MetricList& metrics);
 // OUT/metrics.jsonl (or --metrics FILE) and the TensorBoard events beside it.
 class MetricsLog {
  public:
-  // done > 0: a resumed run; lines of later steps, which it makes again, are cut off. Throws MachineError where a file cannot be written.
+  // done > 0: a resumed run; lines of later steps, which it makes again, are cut off. Throws MachineError where a file
+  // cannot be written.
   MetricsLog(const std::filesystem::path& file, const std::filesystem::path& events_folder, int64_t done);
   ~MetricsLog();
   MetricsLog(const MetricsLog&) = delete;

@@ -55,7 +55,8 @@ Option number(const char* name, double O::*member, double least, double bound = 
   o.set = [=](O& options, const std::string& text) {
     const double value = parse_number<double>(text, "a number");
     if (!(value >= least)) fail(text, " is out of range; the least is ", least);
-    if (!(value < bound)) fail(text, " is out of range; it must be ", bound == infinity ? "finite" : concat("below ", bound));
+    if (!(value < bound))
+      fail(text, " is out of range; it must be ", bound == infinity ? "finite" : concat("below ", bound));
     options.*member = value;
   };
   o.get = [=](const O& options) { return text_of(options.*member); };
@@ -138,34 +139,57 @@ std::vector<Option> build_table() {
   };
 
   group = "Model";
-  add(all, text("model", "DIR", &O::model), "Hugging Face model folder: config.json, safetensors, tokenizer files").alias("model-name-or-path");
+  add(all, text("model", "DIR", &O::model), "Hugging Face model folder: config.json, safetensors, tokenizer files")
+      .alias("model-name-or-path");
   add(train, choice<Init>("init", &O::init, {{"model", Init::model}, {"random", Init::random}}),
       "random: config.json and tokenizer of --model, weights drawn anew from --seed");
-  add(all, text("template", "NAME", &O::chat_template), "chat template; none joins strings as they stand").shown_as("the model folder's own").insists();
+  add(all, text("template", "NAME", &O::chat_template), "chat template; none joins strings as they stand")
+      .shown_as("the model folder's own")
+      .insists();
 
   group = "Data";
   add(all, files("data", &O::data), "preference rows, JSON Lines, .gz too").insists();
-  add(train, files("eval-data", &O::eval_data), "held-out rows, measured as --eval-every says and at the end");
+  add(train, files("eval-data", &O::eval_data), "held-out rows, measured before, as --eval-every says, and at the end");
   add(all, integer("max-length", &O::max_length, 2, most, "TOKENS"), "longest prompt + response")
-      .shown_as("2048, or the model's positions if fewer").insists();
-  add(all, integer("max-prompt-length", &O::max_prompt_length, 1, most, "TOKENS"), "longest prompt").shown_as("--max-length").insists();
-  add(all, choice<OnLong>("on-long", &O::on_long, {{"drop", OnLong::drop}, {"truncate", OnLong::truncate}}), "what happens to longer rows").insists();
+      .shown_as("2048, or the model's positions if fewer")
+      .insists();
+  add(all, integer("max-prompt-length", &O::max_prompt_length, 1, most, "TOKENS"), "longest prompt")
+      .shown_as("--max-length")
+      .insists();
+  add(all, choice<OnLong>("on-long", &O::on_long, {{"drop", OnLong::drop}, {"truncate", OnLong::truncate}}),
+      "what happens to longer rows")
+      .insists();
   add(all, choice<OnBadRow>("on-bad-row", &O::on_bad_row, {{"error", OnBadRow::error}, {"skip", OnBadRow::skip}}),
-      "what happens at a row that is no preference").insists();
-  add(train, flag("shuffle", &O::shuffle), "a new order every epoch, fixed by --seed; --no-shuffle keeps the files' order").insists();
+      "what happens at a row that is no preference")
+      .insists();
+  add(train, flag("shuffle", &O::shuffle),
+      "a new order every epoch, fixed by --seed; --no-shuffle keeps the files' order")
+      .insists();
   add(train, integer("seed", &O::seed, 0), "fixes the order of the pairs and random weights").insists();
 
   group = "Objective";
-  add(all, choice<Objective>("objective", &O::objective, {{"orpo", Objective::orpo}, {"sft", Objective::sft}, {"ratio", Objective::ratio}}),
-      "orpo: odds ratio; sft: chosen answers only; ratio: probability ratio (ablation)").insists();
-  add(train | eval, number("lambda", &O::lambda, 0), "weight of the preference term").alias("orpo-alpha").alias("pref-beta").alias("beta");
-  add(train | eval, choice<NllScope>("nll-scope", &O::nll_scope, {{"full", NllScope::full}, {"response", NllScope::response}}),
+  add(all,
+      choice<Objective>("objective", &O::objective,
+                        {{"orpo", Objective::orpo}, {"sft", Objective::sft}, {"ratio", Objective::ratio}}),
+      "orpo: odds ratio; sft: chosen answers only; ratio: probability ratio (ablation)")
+      .insists();
+  add(train | eval, number("lambda", &O::lambda, 0), "weight of the preference term")
+      .alias("orpo-alpha")
+      .alias("pref-beta")
+      .alias("beta");
+  add(train | eval,
+      choice<NllScope>("nll-scope", &O::nll_scope, {{"full", NllScope::full}, {"response", NllScope::response}}),
       "tokens in the supervised loss: prompt and chosen answer, or the answer alone");
 
   group = "Optimiser";
   add(train, number("learning-rate", &O::learning_rate, 0), "peak learning rate of AdamW");
-  add(train, choice<LrSchedule>("lr-schedule", &O::lr_schedule, {{"constant", LrSchedule::constant}, {"linear", LrSchedule::linear},
-      {"cosine", LrSchedule::cosine}, {"inverse-sqrt", LrSchedule::inverse_sqrt}}), "what follows the warm-up");
+  add(train,
+      choice<LrSchedule>("lr-schedule", &O::lr_schedule,
+                         {{"constant", LrSchedule::constant},
+                          {"linear", LrSchedule::linear},
+                          {"cosine", LrSchedule::cosine},
+                          {"inverse-sqrt", LrSchedule::inverse_sqrt}}),
+      "what follows the warm-up");
   add(train, integer("warmup-steps", &O::warmup_steps, 0), "steps from learning rate 0 to the peak");
   add(train, number("weight-decay", &O::weight_decay, 0), "decoupled; norms and biases never decay");
   add(train, number("adam-beta1", &O::adam_beta1, 0, 1), "decay of the first moment");
@@ -176,34 +200,58 @@ std::vector<Option> build_table() {
   group = "Run";
   add(train, number("epochs", &O::epochs, 1e-9, 1e9), "passes over the data").alias("num-train-epochs");
   add(train, integer("max-steps", &O::max_steps, 1), "steps in all, in place of --epochs").shown_as("as --epochs says");
-  add(train, integer("batch-pairs", &O::batch_pairs, 1, 1 << 24), "pairs of a whole step, on all devices together").insists();
-  add(train, integer("eval-every", &O::eval_every, 1, most, "STEPS"), "evaluate this often").shown_as("at the end only");
-  add(train, integer("save-every", &O::save_every, 1, most, "STEPS"), "write a checkpoint this often").shown_as("when stopped only");
+  add(train, integer("batch-pairs", &O::batch_pairs, 1, 1 << 24), "pairs of a whole step, on all devices together")
+      .insists();
+  add(train, integer("eval-every", &O::eval_every, 1, most, "STEPS"), "evaluate this often")
+      .shown_as("before and after only");
+  add(train, integer("save-every", &O::save_every, 1, most, "STEPS"), "write a checkpoint this often")
+      .shown_as("when stopped only");
   add(train, integer("keep", &O::keep, 1, 1 << 20), "checkpoints kept");
-  Option& resume = add(train, text("resume", "[CHECKPOINT]", &O::resume),
-                       "go on from the newest whole checkpoint in --output, or from this one, with its options where none are given");
+  Option& resume = add(
+      train, text("resume", "[CHECKPOINT]", &O::resume),
+      "go on from the newest whole checkpoint in --output, or from this one, with its options where none are given");
   resume.alias("resume-from-checkpoint").asks();
   resume.implied = "newest";
-  add(train, integer("stop-after-seconds", &O::stop_after_seconds, 1), "then checkpoint and exit 75, as at SIGTERM").shown_as("never").asks();
-  add(train, integer("max-bad-steps", &O::max_bad_steps, 1), "stop at so many steps in a row without a finite loss and gradient");
+  add(train, integer("stop-after-seconds", &O::stop_after_seconds, 1), "then checkpoint and exit 75, as at SIGTERM")
+      .shown_as("never")
+      .asks();
+  add(train, integer("max-bad-steps", &O::max_bad_steps, 1),
+      "stop at so many steps in a row without a finite loss and gradient");
 
   group = "Machine";
-  add(train | eval, integer("micro-tokens", &O::micro_tokens, 1, 1 << 30, "ROWS"), "token rows computed at a time: memory and speed, not results")
+  add(train | eval, integer("micro-tokens", &O::micro_tokens, 1, 1 << 30, "ROWS"),
+      "token rows computed at a time: memory and speed, not results")
       .shown_as("auto");
-  add(train | eval, choice<DTypeChoice>("dtype", &O::dtype, {{"auto", DTypeChoice::automatic}, {"bf16", DTypeChoice::bf16}, {"fp32", DTypeChoice::fp32}}),
-      "weights and activations; auto: bf16 where the machine computes in it").insists();
+  add(train | eval,
+      choice<DTypeChoice>("dtype", &O::dtype,
+                          {{"auto", DTypeChoice::automatic}, {"bf16", DTypeChoice::bf16}, {"fp32", DTypeChoice::fp32}}),
+      "weights and activations; auto: bf16 where the machine computes in it")
+      .insists();
   add(train | eval, text("device", "auto|cpu", &O::device), "where to compute").asks();
   add(all, integer("threads", &O::threads, 1, 4096), "CPU threads").shown_as("all").asks();
-  add(train, size("device-memory", &O::device_memory), "memory the run may take, such as 80G").shown_as("the machine's").asks();
+  add(train, size("device-memory", &O::device_memory), "memory the run may take, such as 80G")
+      .shown_as("the machine's")
+      .asks();
   add(train, flag("plan", &O::plan), "print the memory the run takes and stop; works from config.json alone").asks();
 
   group = "Results";
-  add(train, text("output", "DIR", &O::output), "becomes a Hugging Face folder; metrics and checkpoints inside").alias("output-dir").asks();
+  add(train, text("output", "DIR", &O::output), "becomes a Hugging Face folder; metrics and checkpoints inside")
+      .alias("output-dir")
+      .asks();
   add(train, flag("overwrite", &O::overwrite), "replace a run that --output holds").asks();
-  add(train, choice<SaveDType>("save-dtype", &O::save_dtype, {{"auto", SaveDType::as_input}, {"bf16", SaveDType::bf16}, {"fp16", SaveDType::fp16},
-      {"fp32", SaveDType::fp32}}), "dtype of the saved weights; auto: as in --model");
-  add(train, text("metrics", "FILE", &O::metrics), "one JSON object a step").shown_as("metrics.jsonl in --output").asks();
-  add(train, text("save-gradients", "FILE", &O::save_gradients), "write the first step's gradients (fp32, before clipping) and stop").asks();
+  add(train,
+      choice<SaveDType>("save-dtype", &O::save_dtype,
+                        {{"auto", SaveDType::as_input},
+                         {"bf16", SaveDType::bf16},
+                         {"fp16", SaveDType::fp16},
+                         {"fp32", SaveDType::fp32}}),
+      "dtype of the saved weights; auto: as in --model");
+  add(train, text("metrics", "FILE", &O::metrics), "one JSON object a step")
+      .shown_as("metrics.jsonl in --output")
+      .asks();
+  add(train, text("save-gradients", "FILE", &O::save_gradients),
+      "write the first step's gradients (fp32, before clipping) and stop")
+      .asks();
   add(eval, text("per-pair", "FILE", &O::per_pair), "one JSON line a row").asks();
   add(data, text("write", "FILE", &O::write), "the rows, tokenised").asks();
   add(data, integer("show", &O::show, 0), "pairs printed token by token").asks();

@@ -10,24 +10,25 @@
 namespace orpo {
 
 struct Option {
-  // What a resumed run does with the checkpoint's copy: takes it unless the option is given anew; insists on it (it fixes what the saved state
-  // means, such as the order of the pairs); or asks the command line alone.
+  // What a resumed run does with the checkpoint's copy: takes it unless the option is given anew; insists on it (it
+  // fixes what the saved state means, such as the order of the pairs); or asks the command line alone.
   enum class Resume { takes, insists, asks };
 
-  std::string name;           // as echoed: "learning-rate"
-  std::string value;          // what --help shows for it: "NUMBER"; empty: a flag
+  std::string name;   // as echoed: "learning-rate"
+  std::string value;  // what --help shows for it: "NUMBER"; empty: a flag
   const char* group = "";
-  unsigned programs = 0;      // bits of Program
+  unsigned programs = 0;  // bits of Program
   std::string help;
   std::vector<std::string> aliases;
   Resume resume = Resume::takes;
-  std::string default_text;   // where the default's value does not speak for itself
-  bool list = false;          // takes several values; set() is called with each
-  std::string implied;        // the value of a flag, or of an optional one that stands alone
+  std::string default_text;  // where the default's value does not speak for itself
+  bool list = false;         // takes several values; set() is called with each
+  std::string implied;       // the value of a flag, or of an optional one that stands alone
 
-  std::function<void(Options&, const std::string&)> set;  // throws UserError without the option's name; the parser adds it
+  std::function<void(Options&, const std::string&)>
+      set;  // throws UserError without the option's name; the parser adds it
   std::function<std::string(const Options&)> get;
-  std::function<void(Options&)> clear;                    // lists: forget all values
+  std::function<void(Options&)> clear;  // lists: forget all values
 
   // For the table's writer.
   Option& alias(std::string other) { return aliases.push_back(std::move(other)), *this; }

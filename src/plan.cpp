@@ -1,6 +1,7 @@
 #include "src/plan.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 
 #include "src/console.h"
@@ -9,6 +10,8 @@
 
 namespace orpo {
 namespace {
+
+namespace fs = std::filesystem;
 
 constexpr int64_t good_micro_tokens = 2048;  // enough rows for matrix products at full rate
 
@@ -31,10 +34,12 @@ int64_t weight_bytes(const Config& config, DType dtype) {
 }
 
 TrainingTensors allocate_state(const PlanRequest& r, Arena& arena) {
-  return r.trains ? TrainingTensors::allocate(r.config, r.dtype, arena) : TrainingTensors::allocate_weights(r.config, r.dtype, arena);
+  return r.trains ? TrainingTensors::allocate(r.config, r.dtype, arena)
+                  : TrainingTensors::allocate_weights(r.config, r.dtype, arena);
 }
 
-// The largest micro-batch through the code that trains; with passes: 0 its tensors alone, 1 the head too, 2 the backward pass too.
+// The largest micro-batch through the code that trains; with passes: 0 its tensors alone, 1 the head too, 2 the
+// backward pass too.
 int64_t rehearse_micro_batch(const PlanRequest& r, const Batch& batch, int passes) {
   const std::unique_ptr<Backend> nothing = make_rehearsal_backend();
   Arena state = Arena::counting("state");
@@ -102,9 +107,10 @@ MemoryPlan make_plan(const PlanRequest& r, int64_t memory) {
 
   MemoryPlan least = rehearse(r, std::min(wanted, r.largest_pair_rows));
   if (least.total() > memory)
-    fail("this run needs ", bytes_text(least.total()), " even with one pair of ", r.largest_pair_rows, " rows at a time, and there are ",
-         bytes_text(memory), ": ", bytes_text(least.state_bytes), " for ", r.trains ? "weights, gradients and moments" : "weights", ", ",
-         bytes_text(least.scratch_bytes), " for the pair; use a smaller model", least.state_bytes < memory ? " or a smaller --max-length" : "");
+    fail("this run needs ", bytes_text(least.total()), " even with one pair of ", r.largest_pair_rows,
+         " rows at a time, and there are ", bytes_text(memory), ": ", bytes_text(least.state_bytes), " for ",
+         r.trains ? "weights, gradients and moments" : "weights", ", ", bytes_text(least.scratch_bytes),
+         " for the pair; use a smaller model", least.state_bytes < memory ? " or a smaller --max-length" : "");
   int64_t fits = least.micro_tokens, too_many = wanted;
   while (too_many - fits > std::max<int64_t>(1, fits / 64)) {
     const int64_t middle = fits + (too_many - fits) / 2;
@@ -113,7 +119,8 @@ MemoryPlan make_plan(const PlanRequest& r, int64_t memory) {
     if (tried.total() <= memory) least = std::move(tried);
   }
   if (r.micro_tokens > 0)
-    fail("this run needs ", bytes_text(plan.total()), ", and there are ", bytes_text(memory), "; the largest --micro-tokens that fits is ", fits);
+    fail("this run needs ", bytes_text(plan.total()), ", and there are ", bytes_text(memory),
+         "; the largest --micro-tokens that fits is ", fits);
   return least;
 }
 
@@ -125,11 +132,17 @@ int64_t available_memory() {
     if (name == "MemAvailable:" && meminfo >> kilobytes) available = kilobytes * 1024;
     std::getline(meminfo, unit);
   }
-  // A container's limit (cgroup 2, then 1) less what its processes hold.
-  for (const auto& [limit_file, usage_file] : {std::pair{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
-                                               std::pair{"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"}}) {
-    int64_t limit = 0, usage = 0;
-    if (std::ifstream(limit_file) >> limit && std::ifstream(usage_file) >> usage) available = std::min(available, std::max<int64_t>(0, limit - usage));
+  // A container's limit (cgroup 2, then 1) less what its processes hold; file pages that the kernel would drop are
+  // free.
+  for (const fs::path folder : {"/sys/fs/cgroup", "/sys/fs/cgroup/memory"}) {
+    const bool second = fs::exists(folder / "memory.max");
+    int64_t limit = 0, usage = 0, droppable = 0;
+    std::ifstream stat(folder / "memory.stat");
+    for (std::string name; stat >> name;)
+      if (int64_t value = 0; stat >> value && name == "inactive_file") droppable = value;
+    if (std::ifstream(folder / (second ? "memory.max" : "memory.limit_in_bytes")) >> limit &&
+        std::ifstream(folder / (second ? "memory.current" : "memory.usage_in_bytes")) >> usage)
+      available = std::min(available, std::max<int64_t>(0, limit - usage + droppable));
   }
   return available;
 }
@@ -139,10 +152,12 @@ std::string plan_table(const MemoryPlan& plan, const PlanRequest& r, int64_t mem
   const auto line = [&](const std::string& what, int64_t bytes) {
     const std::string size = bytes_text(bytes), exact = std::to_string(bytes);
     table += concat(what, std::string(std::max<size_t>(1, 34 - std::min<size_t>(33, what.size())), ' '),
-                    std::string(size.size() < 9 ? 9 - size.size() : 0, ' '), size, std::string(exact.size() < 16 ? 16 - exact.size() : 0, ' '), exact, "\n");
+                    std::string(size.size() < 9 ? 9 - size.size() : 0, ' '), size,
+                    std::string(exact.size() < 16 ? 16 - exact.size() : 0, ' '), exact, "\n");
   };
-  table += concat(r.config.parameters(), " parameters, ", dtype_name(r.dtype), "; largest micro-batch: ", plan.limits.rows, " rows, ",
-                  plan.limits.targets, " targets (--micro-tokens ", plan.micro_tokens, ")\n");
+  table +=
+      concat(r.config.parameters(), " parameters, ", dtype_name(r.dtype), "; largest micro-batch: ", plan.limits.rows,
+             " rows, ", plan.limits.targets, " targets (--micro-tokens ", plan.micro_tokens, ")\n");
   table += concat("what", std::string(36, ' '), "size", std::string(11, ' '), "bytes\n");
   for (const MemoryPlan::Line& l : plan.lines) line(l.what, l.bytes);
   line("high-water mark", plan.total());

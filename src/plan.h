@@ -1,5 +1,5 @@
-// Memory, known before a run starts: the largest micro-batch that --micro-tokens and the lengths allow passes once through the same code as in
-// training, on arenas that only count. The run then takes exactly that, once.
+// Memory, known before a run starts: the largest micro-batch that --micro-tokens and the lengths allow passes once
+// through the same code as in training, on arenas that only count. The run then takes exactly that, once.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ struct PlanRequest {
   HeadSettings head;
   int64_t micro_tokens = 0;       // 0: choose
   int64_t largest_pair_rows = 0;  // most stream rows of one pair: the data's, or what the lengths allow
-  int64_t step_pairs = 0;         // most pairs that one micro-batch can be made of: --batch-pairs, or the rows of an evaluation
+  int64_t step_pairs =
+      0;  // most pairs that one micro-batch can be made of: --batch-pairs, or the rows of an evaluation
   bool trains = true;
 };
 
@@ -42,8 +43,8 @@ struct MemoryPlan {
 // Most stream rows that a pair of sequences of at most max_length tokens can take: no shared prompt at all.
 int64_t largest_pair(int64_t max_length);
 
-// The plan at micro_tokens, or at the best size that fits (about 2,000 rows, no fewer than the largest pair). memory: bytes there are.
-// Throws UserError where it does not fit, naming the largest --micro-tokens that does.
+// The plan at micro_tokens, or at the best size that fits (about 2,000 rows, no fewer than the largest pair). memory:
+// bytes there are. Throws UserError where it does not fit, naming the largest --micro-tokens that does.
 MemoryPlan make_plan(const PlanRequest& request, int64_t memory);
 
 // A batch that reaches every limit: what the rehearsal runs.

@@ -24,15 +24,30 @@ std::vector<fs::path> remains_of_a_run(const fs::path& out) {
   if (!fs::is_directory(out)) return remains;
   for (const fs::directory_entry& entry : fs::directory_iterator(out)) {
     const std::string name = entry.path().filename();
-    if (name == "metrics.jsonl" || name == "options.toml" || name.starts_with("events.out.tfevents.") || name.starts_with("checkpoint-") ||
-        name.starts_with("model.safetensors") || (name.starts_with("model-") && name.ends_with(".safetensors")))
+    if (name == "metrics.jsonl" || name == "options.toml" || name.starts_with("events.out.tfevents.") ||
+        name.starts_with("checkpoint-") || name.starts_with("model.safetensors") ||
+        (name.starts_with("model-") && name.ends_with(".safetensors")))
       remains.push_back(entry.path());
   }
   return remains;
 }
 
 StoredDType saved_dtype(SaveDType choice, StoredDType input) {
-  return choice == SaveDType::bf16 ? StoredDType::bf16 : choice == SaveDType::fp16 ? StoredDType::f16 : choice == SaveDType::fp32 ? StoredDType::f32 : input;
+  return choice == SaveDType::bf16   ? StoredDType::bf16
+         : choice == SaveDType::fp16 ? StoredDType::f16
+         : choice == SaveDType::fp32 ? StoredDType::f32
+                                     : input;
+}
+
+// "loss 1.234  nll 1.200  chosen -0.500  rejected -0.900  accuracy 0.750": what people look at.
+std::string headline(const MetricList& metrics, const std::string& prefix = "") {
+  std::string text;
+  for (const auto& [label, name] :
+       {std::pair{"loss", "loss"}, std::pair{"nll", "nll_loss"}, std::pair{"chosen", "logps/chosen"},
+        std::pair{"rejected", "logps/rejected"}, std::pair{"accuracy", "rewards/accuracies"}})
+    if (const double value = metric(metrics, prefix + name); !std::isnan(value))
+      text += concat("  ", label, " ", number_text(value, 3));
+  return text;
 }
 
 }  // namespace
@@ -42,7 +57,8 @@ Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
   if (!given.resume.empty())
     open_checkpoint(given);
   else if (writes && !given.overwrite && !remains_of_a_run(given.output).empty())
-    fail("--output: ", given.output, " holds a run; go on with it by --resume, replace it by --overwrite, or name another folder");
+    fail("--output: ", given.output,
+         " holds a run; go on with it by --resume, replace it by --overwrite, or name another folder");
 
   source_.folder = options_.model;
   source_.description = read_model_config(options_.model);
@@ -51,7 +67,8 @@ Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
   resolve_lengths(options_, source_.description.config);
 
   data_ = load_rows(options_, options_.data, source_.description.config, "data");
-  if (!options_.eval_data.empty()) eval_data_ = load_rows(options_, options_.eval_data, source_.description.config, "evaluation data");
+  if (!options_.eval_data.empty())
+    eval_data_ = load_rows(options_, options_.eval_data, source_.description.config, "evaluation data");
   sampler_.emplace(data_->size(), options_.batch_pairs, options_.seed, options_.shuffle);
   total_steps = options_.max_steps > 0 ? options_.max_steps : sampler_->steps(options_.epochs);
 
@@ -62,7 +79,8 @@ Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
   step_end_ = Clock::now();
 }
 
-// --resume: the newest whole checkpoint of --output, or the folder named. A run that was stopped before its first checkpoint starts again.
+// --resume: the newest whole checkpoint of --output, or the folder named. A run that was stopped before its first
+// checkpoint starts again.
 void Run::open_checkpoint(const Options& given) {
   if (given.resume != "newest") {
     checkpoint_ = orpo::open_checkpoint(given.resume);
@@ -77,7 +95,8 @@ void Run::open_checkpoint(const Options& given) {
     return;
   }
   adopt_options(options_, checkpoint_->state.options);
-  if (!fs::is_directory(options_.model)) fail("--model: the folder ", options_.model, " that this run started from is gone; say where it is now");
+  if (!fs::is_directory(options_.model))
+    fail("--model: the folder ", options_.model, " that this run started from is gone; say where it is now");
 }
 
 void Run::open_memory() {
@@ -87,7 +106,8 @@ void Run::open_memory() {
   request.dtype = resolve_dtype(options_.dtype);
   request.head = head_settings(options_);
   request.micro_tokens = options_.micro_tokens;
-  request.largest_pair_rows = std::max(data_->report().largest_pair_rows, eval_data_ ? eval_data_->report().largest_pair_rows : 0);
+  request.largest_pair_rows =
+      std::max(data_->report().largest_pair_rows, eval_data_ ? eval_data_->report().largest_pair_rows : 0);
   request.step_pairs = std::max(std::min(options_.batch_pairs, data_->size()), eval_data_ ? eval_data_->size() : 0);
   plan_ = make_plan(request, options_.device_memory ? options_.device_memory : available_memory());
 
@@ -95,9 +115,11 @@ void Run::open_memory() {
   gemm_rate_ = measure_gemm_rate(*backend_, request.dtype);
   state_.emplace("state", *backend_, plan_.state_bytes);
   scratch_.emplace("scratch", *backend_, plan_.scratch_bytes);
-  model_.emplace(DeviceModel{config, request.dtype, TrainingTensors::allocate(config, request.dtype, *state_), request.head, *backend_, *scratch_});
+  model_.emplace(DeviceModel{config, request.dtype, TrainingTensors::allocate(config, request.dtype, *state_),
+                             request.head, *backend_, *scratch_});
   if (state_->used() != plan_.state_bytes)
-    fail_machine("memory: planned ", plan_.state_bytes, " bytes for weights, gradients and moments, took ", state_->used());
+    fail_machine("memory: planned ", plan_.state_bytes, " bytes for weights, gradients and moments, took ",
+                 state_->used());
 }
 
 void Run::load_state() {
@@ -118,7 +140,8 @@ void Run::load_state() {
     return found == state.counters.end() ? int64_t{0} : found->second;
   };
   if (counter("data_pairs") != data_->size())
-    fail("--data: the run was started on ", counter("data_pairs"), " pairs, and now there are ", data_->size(), "; a resumed run needs the same rows");
+    fail("--data: the run was started on ", counter("data_pairs"), " pairs, and now there are ", data_->size(),
+         "; a resumed run needs the same rows");
   done = done_at_start_ = state.step;
   skipped = counter("skipped_steps");
   skipped_in_a_row = counter("skipped_in_a_row");
@@ -144,13 +167,15 @@ void Run::open_output() {
 void Run::say_what_runs() const {
   const Options& o = options_;
   const Config& c = model_->config;
-  console().say("model: ", c.family, ", ", number_text(static_cast<double>(c.parameters()) / 1e6, 1), " million parameters, ",
-                o.init == Init::random ? "drawn anew, " : "", dtype_name(model_->dtype), " on ", backend_->name(), "; 2048^3 products at ",
-                number_text(gemm_rate_ / 1e9, 0), " GFLOP/s (measured; mfu is against it)");
+  console().say("model: ", c.family, ", ", number_text(static_cast<double>(c.parameters()) / 1e6, 1),
+                " million parameters, ", o.init == Init::random ? "drawn anew, " : "", dtype_name(model_->dtype),
+                " on ", backend_->name(), "; 2048^3 products at ", number_text(gemm_rate_ / 1e9, 0),
+                " GFLOP/s (measured; mfu is against it)");
   console().say("loss: ", loss_text(o));
   console().say("run: ", total_steps - done, " steps of ", std::min(o.batch_pairs, data_->size()), " pairs, ",
-                number_text(sampler_->epoch_at(total_steps), 2), " epochs", done ? concat(", resumed at step ", done) : "", "; learning rate ",
-                o.learning_rate, "; memory ", bytes_text(plan_.total()), ", micro-batches of ", plan_.micro_tokens, " rows (--plan shows more)");
+                number_text(sampler_->epoch_at(total_steps), 2), " epochs",
+                done ? concat(", resumed at step ", done) : "", "; learning rate ", o.learning_rate, "; memory ",
+                bytes_text(plan_.total()), ", micro-batches of ", plan_.micro_tokens, " rows (--plan shows more)");
 }
 
 AdamW Run::next_update() const {
@@ -195,21 +220,31 @@ void Run::log(const StepResult& r) {
                                               {"skipped_steps", static_cast<double>(skipped)}})
     m.emplace_back(name, value);
   write_metrics(m);
+  show_progress(m, seconds);
+  if (!r.finite) report_skipped(r);
+}
 
-  const auto show = [&](const char* label, const char* name) {
-    const double value = metric(m, name);
-    return std::isnan(value) ? std::string() : concat("  ", label, " ", number_text(value, 3));
-  };
-  const double left = seconds_since(start_) / static_cast<double>(done - done_at_start_) * static_cast<double>(total_steps - done);
-  console().progress(concat("step ", done, "/", total_steps, show("loss", "loss"), show("nll", "nll_loss"), show("chosen", "logps/chosen"),
-                            show("rejected", "logps/rejected"), show("accuracy", "rewards/accuracies"), "  ",
-                            number_text(metric(m, "tokens_per_second"), 0), " tokens/s  ", seconds_text(left), " left"),
-                     done == total_steps);
-  if (r.finite) return;
-  console().say("step ", done, ": the ", std::isfinite(loss_of(r.sums, model_->head)) ? "gradient" : "loss", " is not finite; step skipped");
+void Run::show_progress(const MetricList& m, double seconds) {
+  std::string text = concat("step ", done, "/", total_steps, headline(m), "  ",
+                            number_text(metric(m, "tokens_per_second"), 0), " tokens/s");
+  // The first step builds what the later ones find ready: it says nothing about them.
+  const int64_t timed = done - done_at_start_ - 1;
+  if (timed > 0) {
+    stepping_seconds_ += seconds;
+    text += concat(
+        "  ", seconds_text(stepping_seconds_ / static_cast<double>(timed) * static_cast<double>(total_steps - done)),
+        " left");
+  }
+  console().progress(text, done == total_steps);
+}
+
+void Run::report_skipped(const StepResult& r) {
+  console().say("step ", done, ": the ", std::isfinite(loss_of(r.sums, model_->head)) ? "gradient" : "loss",
+                " is not finite; step skipped");
   if (skipped_in_a_row >= options_.max_bad_steps)
-    fail("step ", done, ": loss or gradient was not finite in ", skipped_in_a_row, " steps in a row; the weights still are what they were after step ",
-         done - skipped_in_a_row, "; try a lower --learning-rate, --warmup-steps, or --dtype fp32");
+    fail("step ", done, ": loss or gradient was not finite in ", skipped_in_a_row,
+         " steps in a row; the weights still are what they were after step ", done - skipped_in_a_row,
+         "; try a lower --learning-rate, --warmup-steps, or --dtype fp32");
 }
 
 bool Run::evaluate() {
@@ -220,11 +255,7 @@ bool Run::evaluate() {
   for (const auto& entry : preference_metrics(*sums, model_->head, "eval_")) m.push_back(entry);
   write_metrics(m);
   evaluated_ = done;
-  std::string line = concat("evaluation at step ", done, ": loss ", number_text(metric(m, "eval_loss"), 4), "  nll ", number_text(metric(m, "eval_nll_loss"), 4),
-                            "  chosen ", number_text(metric(m, "eval_logps/chosen"), 4));
-  if (sums->pairs > 0)
-    line += concat("  rejected ", number_text(metric(m, "eval_logps/rejected"), 4), "  accuracy ", number_text(metric(m, "eval_rewards/accuracies"), 3));
-  console().say(line);
+  console().say("evaluation at step ", done, ":", headline(m, "eval_"));
   step_end_ = Clock::now();
   return true;
 }
@@ -258,8 +289,8 @@ int Run::stop() {
 
 int Run::finish() {
   save_model(options_.output, source_, model_->tensors.masters, *backend_);
-  console().say("finished ", total_steps, " steps in ", seconds_text(seconds_since(start_)), skipped ? concat(", ", skipped, " of them skipped") : "",
-                "; the model is in ", options_.output);
+  console().say("finished ", total_steps, " steps in ", seconds_text(seconds_since(start_)),
+                skipped ? concat(", ", skipped, " of them skipped") : "", "; the model is in ", options_.output);
   return exit_finished;
 }
 

@@ -1,5 +1,5 @@
-// A run: everything it opens and checks before its first step (device, model, rows, memory, output folder, checkpoint), and what it writes on
-// the way (metrics, checkpoints, the model).
+// A run: everything it opens and checks before its first step (device, model, rows, memory, output folder, checkpoint),
+// and what it writes on the way (metrics, checkpoints, the model).
 #pragma once
 
 #include <chrono>
@@ -35,8 +35,8 @@ class Run {
   // Reads, checks and allocates everything; nothing is written before all of it stands. Throws UserError.
   explicit Run(const Options& given);
 
-  int64_t done = 0;           // steps, skipped ones among them
-  int64_t skipped = 0;        // steps whose loss or gradient was not finite
+  int64_t done = 0;     // steps, skipped ones among them
+  int64_t skipped = 0;  // steps whose loss or gradient was not finite
   int64_t skipped_in_a_row = 0;
   int64_t total_steps = 0;
 
@@ -53,7 +53,8 @@ class Run {
   void check_gradients(const GradientNorm& gradients);
   void check_moments(double learning_rate);
 
-  void log(const StepResult& result);  // metrics.jsonl, events, the progress line. Throws UserError after --max-bad-steps skipped ones in a row
+  void log(const StepResult& result);  // metrics.jsonl, events, the progress line. Throws UserError after
+                                       // --max-bad-steps skipped ones in a row
   bool evaluate();                     // --eval-data, once a step at most; false: stopped on the way
   void save();                         // OUT/checkpoint-N
   int stop();                          // saves; exit status 75
@@ -67,6 +68,8 @@ class Run {
   void say_what_runs() const;
   MetricList base_metrics() const;  // step, epoch
   void write_metrics(const MetricList& metrics);
+  void show_progress(const MetricList& metrics, double seconds);
+  void report_skipped(const StepResult& result);
 
   Options options_;
   std::optional<FolderLock> lock_;
@@ -85,6 +88,7 @@ class Run {
   bool gradients_checked_ = false, moments_checked_ = false;
   int64_t evaluated_ = -1, saved_ = -1;  // step of the last evaluation, of the last checkpoint
   int64_t done_at_start_ = 0;
+  double stepping_seconds_ = 0;  // in steps after the first
   std::chrono::steady_clock::time_point start_, step_end_;
 };
 

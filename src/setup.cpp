@@ -18,7 +18,8 @@ DType resolve_dtype(DTypeChoice choice) {
 #else
   const bool fast = false;
 #endif
-  console().say("dtype: ", fast ? "bf16, which this CPU computes in (avx512_bf16)" : "fp32; this CPU has no avx512_bf16");
+  console().say("dtype: ",
+                fast ? "bf16, which this CPU computes in (avx512_bf16)" : "fp32; this CPU has no avx512_bf16");
   return fast ? DType::bf16 : DType::f32;
 }
 
@@ -35,19 +36,23 @@ HeadSettings head_settings(const Options& options) {
 std::string loss_text(const Options& options) {
   const std::string nll = options.nll_scope == NllScope::full ? "NLL(prompt + chosen)" : "NLL(chosen)";
   if (options.objective == Objective::sft) return nll + "; the rejected answers are measured and weigh nothing";
-  return concat(nll, " + ", options.lambda, " * mean softplus(-log ", options.objective == Objective::orpo ? "odds" : "probability", " ratio)");
+  return concat(nll, " + ", options.lambda, " * mean softplus(-log ",
+                options.objective == Objective::orpo ? "odds" : "probability", " ratio)");
 }
 
 void resolve_lengths(Options& options, const Config& config) {
   if (options.max_length > config.max_positions)
-    fail("--max-length: ", options.max_length, " is more than the ", config.max_positions, " positions of ", options.model);
+    fail("--max-length: ", options.max_length, " is more than the ", config.max_positions, " positions of ",
+         options.model);
   if (options.max_length == 0) options.max_length = std::min<int64_t>(2048, config.max_positions);
   if (options.max_prompt_length > options.max_length)
-    fail("--max-prompt-length: ", options.max_prompt_length, " is more than the longest sequence, ", options.max_length);
+    fail("--max-prompt-length: ", options.max_prompt_length, " is more than the longest sequence, ",
+         options.max_length);
   if (options.max_prompt_length == 0) options.max_prompt_length = options.max_length;
 }
 
-std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std::string>& files, const Config& config, const char* what) {
+std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std::string>& files, const Config& config,
+                                   const char* what) {
   const std::filesystem::path folder = options.model;
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ChatTemplate> chat_template;
@@ -75,9 +80,11 @@ std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std
   }
 
   const DataReport& r = set->report();
-  console().say(what, ": ", r.kept, " of ", r.rows, " rows", r.dropped ? concat(", ", r.dropped, " dropped by --max-length ", options.max_length) : "",
+  console().say(what, ": ", r.kept, " of ", r.rows, " rows",
+                r.dropped ? concat(", ", r.dropped, " dropped by --max-length ", options.max_length) : "",
                 r.truncated ? concat(", ", r.truncated, " truncated to --max-length ", options.max_length) : "",
-                r.bad ? concat(", ", r.bad, " bad ones skipped") : "", "; ", r.tokens, " tokens, longest sequence ", r.longest_sequence);
+                r.bad ? concat(", ", r.bad, " bad ones skipped") : "", "; ", r.tokens, " tokens, longest sequence ",
+                r.longest_sequence);
   for (const std::string& bad : r.first_bad) console().say("  skipped ", bad);
   if (!r.note.empty()) console().say(what, ": ", r.note);
   return set;

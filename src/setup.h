@@ -24,12 +24,14 @@ HeadSettings head_settings(const Options& options);
 // The loss in one line: "NLL(prompt + chosen) + 0.1 * mean softplus(-log odds ratio)".
 std::string loss_text(const Options& options);
 
-// --max-length and --max-prompt-length resolved against the model's positions. Throws UserError where the model has fewer.
+// --max-length and --max-prompt-length resolved against the model's positions. Throws UserError where the model has
+// fewer.
 void resolve_lengths(Options& options, const Config& config);
 
-// The rows of the files as the model's tokenizer and template read them (none are needed for pre-tokenised rows). resolve_lengths() first.
-// What became of the rows is said on stderr, `what` in front.
-std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std::string>& files, const Config& config, const char* what);
+// The rows of the files as the model's tokenizer and template read them (none are needed for pre-tokenised rows).
+// resolve_lengths() first. What became of the rows is said on stderr, `what` in front.
+std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std::string>& files, const Config& config,
+                                   const char* what);
 
 // --plan: the table on stdout. Works from config.json alone; with rows to read, the largest pair is theirs.
 void print_plan(Options options);

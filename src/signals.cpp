@@ -20,9 +20,7 @@ void on_signal(int signal) {
   caught = signal;
 }
 
-bool time_is_up() {
-  return limit_seconds > 0 && Clock::now() - process_start >= std::chrono::seconds(limit_seconds);
-}
+bool time_is_up() { return limit_seconds > 0 && Clock::now() - process_start >= std::chrono::seconds(limit_seconds); }
 
 }  // namespace
 
@@ -38,7 +36,10 @@ void stop_after(int64_t seconds) { limit_seconds = seconds; }
 bool stop_requested() { return caught != 0 || time_is_up(); }
 
 const char* stop_reason() {
-  return caught == SIGTERM ? "SIGTERM" : caught == SIGINT ? "SIGINT" : caught == SIGUSR1 ? "SIGUSR1" : "--stop-after-seconds";
+  return caught == SIGTERM   ? "SIGTERM"
+         : caught == SIGINT  ? "SIGINT"
+         : caught == SIGUSR1 ? "SIGUSR1"
+                             : "--stop-after-seconds";
 }
 
 }  // namespace orpo

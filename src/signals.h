@@ -1,4 +1,5 @@
-// A run is stopped politely: SIGTERM, SIGINT and SIGUSR1 set a flag that training and evaluation look at between micro-batches and steps.
+// A run is stopped politely: SIGTERM, SIGINT and SIGUSR1 set a flag that training and evaluation look at between
+// micro-batches and steps.
 #pragma once
 
 #include <cstdint>

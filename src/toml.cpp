@@ -85,7 +85,8 @@ class Reader {
     std::string value = read_bare();
     if (value.empty()) error("'", key, "' has no value");
     if (value == "true" || value == "false") return value;
-    if (!std::isdigit(static_cast<unsigned char>(value[value[0] == '-' || value[0] == '+']))) error("text needs quotation marks: ", key, " = \"", value, "\"");
+    if (!std::isdigit(static_cast<unsigned char>(value[value[0] == '-' || value[0] == '+'])))
+      error("text needs quotation marks: ", key, " = \"", value, "\"");
     value.erase(std::remove(value.begin(), value.end(), '_'), value.end());
     if (value[0] == '+') value.erase(0, 1);
     return value;
@@ -93,7 +94,9 @@ class Reader {
 
   std::string read_bare() {
     const size_t begin = at_;
-    while (!at_end() && (std::isalnum(static_cast<unsigned char>(peek())) || peek() == '_' || peek() == '-' || peek() == '.' || peek() == '+')) ++at_;
+    while (!at_end() && (std::isalnum(static_cast<unsigned char>(peek())) || peek() == '_' || peek() == '-' ||
+                         peek() == '.' || peek() == '+'))
+      ++at_;
     return std::string(text_.substr(begin, at_ - begin));
   }
 
@@ -106,11 +109,20 @@ class Reader {
       if (c == '\\' && quote == '"') {
         c = next();
         switch (c) {
-          case 'n': c = '\n'; break;
-          case 't': c = '\t'; break;
-          case 'r': c = '\r'; break;
-          case '"': case '\\': break;
-          default: error("unknown escape '\\", c, "' in a string");
+          case 'n':
+            c = '\n';
+            break;
+          case 't':
+            c = '\t';
+            break;
+          case 'r':
+            c = '\r';
+            break;
+          case '"':
+          case '\\':
+            break;
+          default:
+            error("unknown escape '\\", c, "' in a string");
         }
       }
       value += c;

@@ -1,4 +1,5 @@
-// The part of TOML that a recipe needs: `key = value` lines with strings, numbers, booleans and arrays of these; comments. Tables are refused.
+// The part of TOML that a recipe needs: `key = value` lines with strings, numbers, booleans and arrays of these;
+// comments. Tables are refused.
 #pragma once
 
 #include <filesystem>

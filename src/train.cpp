@@ -30,7 +30,7 @@ StepResult compute_gradients(Run& run) {
     MicroBatch micro(model, batch);
     // 4. Tokens become hidden rows, layer by layer (model.cpp).
     micro.forward();
-    // 5. Hidden rows become log-probabilities, these a preference (objective.h), and that a gradient of the hidden rows (head.cpp).
+    // 5. Hidden rows become log-probabilities, these a preference (objective.h), and that a gradient (head.cpp).
     for (const PairResult& pair : micro.head(normalisers)) result.sums.add(pair, scores_prompt);
     // 6. The gradient goes back through the layers and adds up at every weight.
     micro.backward();
@@ -69,7 +69,8 @@ int save_first_gradients(Run& run, const std::string& file) {
   const StepResult result = compute_gradients(run);
   if (!result.finite) fail("--save-gradients: the first step's loss or gradient is not finite");
   save_gradients(file, run.model().config, run.model().tensors.gradients, run.model().backend);
-  console().say("gradients of the first step: ", file, "  (loss ", loss_of(result.sums, run.model().head), ", norm ", result.gradients.norm, ")");
+  console().say("gradients of the first step: ", file, "  (loss ", loss_of(result.sums, run.model().head), ", norm ",
+                result.gradients.norm, ")");
   return exit_finished;
 }
 
@@ -82,9 +83,9 @@ int train(const Options& options) {
   while (true) {
     const bool last = run.done >= run.total_steps;
     if ((run.done == 0 || last || run.due(run.options().eval_every)) && !run.evaluate()) return run.stop();
+    if (run.due(run.options().save_every)) run.save();
     if (last) return run.finish();
     if (run.communicator().any(stop_requested())) return run.stop();
-    if (run.due(run.options().save_every)) run.save();
     run.log(train_step(run));
   }
 }

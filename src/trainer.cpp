@@ -46,19 +46,24 @@ MicroBatch::MicroBatch(DeviceModel& model, const Batch& batch)
       scope_(model.scratch),
       batch_(to_device(batch, model.backend, model.scratch)),
       activations_(Activations::allocate(model.config, model.dtype, batch.rows(), model.scratch)) {
-  if (model.tensors.trains()) dhidden_ = model.scratch.allocate("d hidden", model.dtype, {batch.rows(), model.config.width});
+  if (model.tensors.trains())
+    dhidden_ = model.scratch.allocate("d hidden", model.dtype, {batch.rows(), model.config.width});
 }
 
-void MicroBatch::forward() { orpo::forward(model_.config, model_.tensors.weights, activations_, batch_, model_.backend); }
+void MicroBatch::forward() {
+  orpo::forward(model_.config, model_.tensors.weights, activations_, batch_, model_.backend);
+}
 
 std::vector<PairResult> MicroBatch::head(const Normalisers& normalisers) {
   const bool trains = model_.tensors.trains();
-  return orpo::head(model_.config, model_.tensors.weights, trains ? &model_.tensors.gradients : nullptr, trains ? &dhidden_ : nullptr,
-                    activations_.hidden, batch_, normalisers, model_.head, model_.backend, model_.scratch);
+  return orpo::head(model_.config, model_.tensors.weights, trains ? &model_.tensors.gradients : nullptr,
+                    trains ? &dhidden_ : nullptr, activations_.hidden, batch_, normalisers, model_.head, model_.backend,
+                    model_.scratch);
 }
 
 void MicroBatch::backward() {
-  orpo::backward(model_.config, model_.tensors.weights, model_.tensors.gradients, activations_, dhidden_, batch_, model_.backend, model_.scratch);
+  orpo::backward(model_.config, model_.tensors.weights, model_.tensors.gradients, activations_, dhidden_, batch_,
+                 model_.backend, model_.scratch);
 }
 
 void zero_gradients(DeviceModel& model) {
@@ -71,21 +76,26 @@ void reduce_gradients(DeviceModel& model, Communicator& communicator) {
 
 GradientNorm gradient_norm(const DeviceModel& model) {
   GradientNorm result;
-  for (const Parameter& g : parameters(model.config, model.tensors.gradients)) result.squares.push_back(model.backend.sum_of_squares(g.tensor));
+  for (const Parameter& g : parameters(model.config, model.tensors.gradients))
+    result.squares.push_back(model.backend.sum_of_squares(g.tensor));
   result.norm = std::sqrt(std::accumulate(result.squares.begin(), result.squares.end(), 0.0));
   return result;
 }
 
-double clip_factor(double norm, double max_norm) { return max_norm > 0 ? std::min(1.0, max_norm / (norm + 1e-6)) : 1.0; }
+double clip_factor(double norm, double max_norm) {
+  return max_norm > 0 ? std::min(1.0, max_norm / (norm + 1e-6)) : 1.0;
+}
 
 void update_weights(DeviceModel& model, const AdamW& settings) {
   const TrainingTensors& t = model.tensors;
-  const auto weights = parameters(model.config, t.weights), masters = parameters(model.config, t.masters), first = parameters(model.config, t.first),
-             second = parameters(model.config, t.second), gradients = parameters(model.config, t.gradients);
+  const auto weights = parameters(model.config, t.weights), masters = parameters(model.config, t.masters),
+             first = parameters(model.config, t.first), second = parameters(model.config, t.second),
+             gradients = parameters(model.config, t.gradients);
   AdamW plain = settings;
   plain.weight_decay = 0;
   for (size_t i = 0; i < weights.size(); ++i)
-    model.backend.adamw(weights[i].tensor, masters[i].tensor, first[i].tensor, second[i].tensor, gradients[i].tensor, weights[i].decays ? settings : plain);
+    model.backend.adamw(weights[i].tensor, masters[i].tensor, first[i].tensor, second[i].tensor, gradients[i].tensor,
+                        weights[i].decays ? settings : plain);
 }
 
 namespace {
@@ -123,7 +133,9 @@ void draw_weights(DeviceModel& model, uint64_t seed) {
     const bool matrix = p.tensor.rank > 1, norm = p.name.find("norm") != std::string::npos;
 #pragma omp parallel for
     for (int64_t i = 0; i < n; ++i)
-      values[i] = matrix ? static_cast<float>(model.config.initializer_range * random.normal(static_cast<uint64_t>(i))) : norm ? 1.0f : 0.0f;
+      values[i] = matrix ? static_cast<float>(model.config.initializer_range * random.normal(static_cast<uint64_t>(i)))
+                  : norm ? 1.0f
+                         : 0.0f;
     if (p.tensor.dtype == DType::bf16) {
       std::vector<bf16> narrow(n);
       for (int64_t i = 0; i < n; ++i) narrow[i] = bf16(values[i]);
@@ -155,7 +167,8 @@ void weights_from_masters(DeviceModel& model) { convert_all(model, model.tensors
 
 std::optional<PairSums> evaluate(DeviceModel& model, const PairSet& set, int64_t micro_tokens,
                                  const std::function<void(const TokenPair&, const PairResult&)>& each) {
-  DeviceModel measured{model.config, model.dtype, {model.tensors.weights, {}, {}, {}, {}}, model.head, model.backend, model.scratch};
+  DeviceModel measured{model.config, model.dtype,   {model.tensors.weights, {}, {}, {}, {}},
+                       model.head,   model.backend, model.scratch};
   std::vector<int64_t> all(set.size());
   std::iota(all.begin(), all.end(), int64_t{0});
   PairSums sums;

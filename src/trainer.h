@@ -1,5 +1,6 @@
-// The pieces of a training step that stand around the model's two lists of calls: what a run keeps in memory, one micro-batch's way through the
-// model, the gradient's norm, the update, and measuring a set of rows. src/train.cpp puts them in order.
+// The pieces of a training step that stand around the model's two lists of calls: what a run keeps in memory, one
+// micro-batch's way through the model, the gradient's norm, the update, and measuring a set of rows. src/train.cpp puts
+// them in order.
 #pragma once
 
 #include <functional>
@@ -44,10 +45,11 @@ struct DeviceModel {
 class MicroBatch {
  public:
   MicroBatch(DeviceModel& model, const Batch& batch);
-  void forward();                                               // tokens -> hidden rows
-  std::vector<PairResult> head(const Normalisers& normalisers); // hidden rows -> loss; where the model trains also its gradient at the hidden rows
-  void backward();                                              // -> gradients += of every weight
-  const Tensor& hidden() const { return activations_.hidden; }  // [rows, width] T, after forward()
+  void forward();                                                // tokens -> hidden rows
+  std::vector<PairResult> head(const Normalisers& normalisers);  // hidden rows -> loss; where the model trains also its
+                                                                 // gradient at the hidden rows
+  void backward();                                               // -> gradients += of every weight
+  const Tensor& hidden() const { return activations_.hidden; }   // [rows, width] T, after forward()
 
  private:
   DeviceModel& model_;
@@ -77,15 +79,16 @@ void update_weights(DeviceModel& model, const AdamW& settings);
 void check_first_gradients(const DeviceModel& model, const GradientNorm& gradients);
 void check_first_moments(const DeviceModel& model);
 
-// New weights: matrices and embeddings normal(0, initializer_range), norms 1, biases 0, as transformers initialises Llama; a function of the
-// seed alone. Every rank and backend draws the same.
+// New weights: matrices and embeddings normal(0, initializer_range), norms 1, biases 0, as transformers initialises
+// Llama; a function of the seed alone. Every rank and backend draws the same.
 void draw_weights(DeviceModel& model, uint64_t seed);
 // masters = weights, moments = 0: before the first step.
 void start_optimizer(DeviceModel& model);
 // weights = masters, rounded: after a checkpoint was loaded.
 void weights_from_masters(DeviceModel& model);
 
-// Sums over all rows of a set, nothing trained. each: called for every row in the set's order. Empty: stopped on the way (signals.h).
+// Sums over all rows of a set, nothing trained. each: called for every row in the set's order. Empty: stopped on the
+// way (signals.h).
 std::optional<PairSums> evaluate(DeviceModel& model, const PairSet& set, int64_t micro_tokens,
                                  const std::function<void(const TokenPair&, const PairResult&)>& each = {});
 
