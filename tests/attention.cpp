@@ -152,9 +152,10 @@ TEST_CASE("attention: the packed stream equals naive attention over separate seq
           with_type(dtype, [&](auto zero) {
             const Result same = naive<decltype(zero)>(p, s);
             check_close("out", actual.out, same.out, reference.out, dtype);
-            check_close("lse", actual.lse, same.lse, reference.lse, accumulation_dtype(dtype));
+            // Sums of head_dim products that may nearly cancel, in another order.
+            check_close("lse", actual.lse, same.lse, reference.lse, accumulation_dtype(dtype), 2, 8);
             // dP - delta cancels; the naive sums run in the same order on both sides and may cancel exactly.
-            check_close("dqkv", actual.dqkv, same.dqkv, reference.dqkv, dtype, 3, 8);
+            check_close("dqkv", actual.dqkv, same.dqkv, reference.dqkv, dtype, 3, 16);
           });
         }
   });
