@@ -1,3 +1,4 @@
+#include "src/cpu/vector.h"
 #include "tests/check.h"
 
 using namespace orpo;
@@ -98,4 +99,18 @@ TEST_CASE("activation: refuses an odd width") {
     check_refuses([&] { backend.activation_backward(even, out, even); }, "activation_backward",
                   "output gradient is [2, 3]");
   });
+}
+
+TEST_CASE("activation: the CPU rooms' exponential is within 2 ulp, 0 far below, infinity above") {
+  double worst = 0;
+  for (double x = -103; x < 88.7; x += 0.000937) {
+    const float at = static_cast<float>(x), value = orpo::cpu::exponential(orpo::cpu::splat(at))[0];
+    const double exact = std::exp(static_cast<double>(at));
+    const float nearest = static_cast<float>(exact), next = std::nextafter(nearest, HUGE_VALF);
+    worst = std::max(worst, std::abs(value - exact) / static_cast<double>(next - nearest));
+  }
+  CHECK(worst <= 2);
+  CHECK(orpo::cpu::exponential(orpo::cpu::splat(-HUGE_VALF))[0] == 0);
+  CHECK(orpo::cpu::exponential(orpo::cpu::splat(HUGE_VALF))[0] == HUGE_VALF);
+  CHECK(std::isnan(orpo::cpu::exponential(orpo::cpu::splat(std::nanf("")))[0]));
 }

@@ -213,6 +213,11 @@ inline double largest(const Values& a) {
 
 inline double spacing(DType dtype) { return dtype == DType::f64 ? 0x1p-52 : dtype == DType::f32 ? 0x1p-23 : 0x1p-7; }
 
+// Equal to so many digits, however small both are (doctest's Approx compares absolutely below 1).
+inline bool same_digits(double a, double b, double relative) {
+  return a == b || std::abs(a - b) <= relative * std::max(std::abs(a), std::abs(b));
+}
+
 // The error against a reference of higher precision is at most k times that of a naive implementation in the same
 // precision. A naive result can be exact by luck, so some spacings of dtype at the largest reference value are always
 // allowed.
