@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "tests/check.h"
+#include "src/waiting.h"
 
 namespace {
 
@@ -32,6 +33,7 @@ REGISTER_LISTENER("count", 1, Count);
 }  // namespace
 
 int main(int argc, char** argv) {
+  orpo::wait_without_spinning(argv);
   doctest::Context context(argc, argv);
   const int status = context.run();
   if (context.shouldExit()) return status;  // --list-test-cases, --help
