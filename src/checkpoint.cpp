@@ -16,10 +16,13 @@ namespace orpo {
 namespace {
 
 constexpr const char *optimizer_file = "state/optimizer.safetensors", *masters_file = "state/masters.safetensors",
-                     *trainer_file = "state/trainer.json", *trainer_state_file = "trainer_state.json", *checksums_file = "state/checksums";
+                     *trainer_file = "state/trainer.json", *trainer_state_file = "trainer_state.json",
+                     *checksums_file = "state/checksums";
 
 std::string checkpoint_name(int64_t step) { return "checkpoint-" + std::to_string(step); }
-fs::path hidden(const fs::path& out, int64_t step, const char* fate) { return out / ("." + checkpoint_name(step) + fate); }
+fs::path hidden(const fs::path& out, int64_t step, const char* fate) {
+  return out / ("." + checkpoint_name(step) + fate);
+}
 
 std::optional<int64_t> step_of(std::string_view name) {
   constexpr std::string_view prefix = "checkpoint-";
@@ -27,7 +30,8 @@ std::optional<int64_t> step_of(std::string_view name) {
   if (!name.starts_with(prefix)) return std::nullopt;
   name.remove_prefix(prefix.size());
   const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), step);
-  if (error != std::errc() || end != name.data() + name.size() || std::to_string(step) != name || step < 0) return std::nullopt;
+  if (error != std::errc() || end != name.data() + name.size() || std::to_string(step) != name || step < 0)
+    return std::nullopt;
   return step;
 }
 
@@ -38,7 +42,8 @@ std::vector<FilePart> write_state(const fs::path& folder, const char* file, cons
   std::vector<Parameter> list;
   for (const auto& [group, weights] : groups)
     for (const Parameter& p : parameters(config, weights)) {
-      entries.push_back({group + p.name, StoredDType::f32, {p.tensor.shape.begin(), p.tensor.shape.begin() + p.tensor.rank}});
+      entries.push_back(
+          {group + p.name, StoredDType::f32, {p.tensor.shape.begin(), p.tensor.shape.begin() + p.tensor.rank}});
       list.push_back(p);
     }
   SafetensorsWriter writer(folder / file, entries);
@@ -49,8 +54,8 @@ std::vector<FilePart> write_state(const fs::path& folder, const char* file, cons
   return parts;
 }
 
-void read_state(const fs::path& folder, const char* file, const Config& config, const std::vector<std::pair<std::string, Weights>>& groups,
-                Backend& backend) {
+void read_state(const fs::path& folder, const char* file, const Config& config,
+                const std::vector<std::pair<std::string, Weights>>& groups, Backend& backend) {
   const StoredWeights stored = StoredWeights::of_file(folder / file);
   size_t expected = 0;
   for (const auto& [group, weights] : groups)
@@ -58,16 +63,17 @@ void read_state(const fs::path& folder, const char* file, const Config& config, 
       const StoredTensor* tensor = stored.find(group + p.name);
       const std::vector<int64_t> shape(p.tensor.shape.begin(), p.tensor.shape.begin() + p.tensor.rank);
       if (!tensor || tensor->shape != shape || tensor->dtype != StoredDType::f32)
-        fail((folder / file).string(), ": tensor '", group + p.name, "' ", shape_text(p.tensor), tensor ? " has another shape or dtype" : " is missing",
-             "; the checkpoint is of another model");
+        fail((folder / file).string(), ": tensor '", group + p.name, "' ", shape_text(p.tensor),
+             tensor ? " has another shape or dtype" : " is missing", "; the checkpoint is of another model");
       read_values(p.tensor, *tensor, backend);
       ++expected;
     }
   if (stored.tensors().size() != expected)
-    fail((folder / file).string(), ": holds ", stored.tensors().size(), " tensors, not ", expected, "; the checkpoint is of another model");
+    fail((folder / file).string(), ": holds ", stored.tensors().size(), " tensors, not ", expected,
+         "; the checkpoint is of another model");
 }
 
-// One line a part, tab-separated: hash, first byte, bytes, file, what. The last line is the hash of the lines before it.
+// One line a part, tab-separated: hash, first byte, bytes, file, what. The last line is the hash of all before it.
 std::string checksums_text(const std::vector<FilePart>& parts) {
   std::string text;
   char hash[17];
@@ -83,7 +89,8 @@ std::string checksums_text(const std::vector<FilePart>& parts) {
 void verify(const fs::path& folder) {
   const fs::path list = folder / checksums_file;
   if (!fs::is_directory(folder)) fail(folder.string(), ": is no folder");
-  if (!fs::exists(list)) fail(folder.string(), ": has no ", checksums_file, ", so it is no whole checkpoint of this trainer");
+  if (!fs::exists(list))
+    fail(folder.string(), ": has no ", checksums_file, ", so it is no whole checkpoint of this trainer");
   const std::vector<FilePart> parts = parse_checksums(read_file(list), folder.string());
   std::map<std::string, int64_t> covered;
   for (const FilePart& p : parts) {
@@ -104,7 +111,9 @@ void verify(const fs::path& folder) {
     const FilePart& p = parts[i];
     try {
       if (hash_file_part(folder / p.file, p.begin, p.bytes) != p.hash)
-        complaints[i] = concat((folder / p.file).string(), ": ", p.what == "file" ? "its bytes have" : "'" + p.what + "' has", " changed since it was saved (checksum)");
+        complaints[i] =
+            concat((folder / p.file).string(), ": ", p.what == "file" ? "its bytes have" : "'" + p.what + "' has",
+                   " changed since it was saved (checksum)");
     } catch (const std::exception& e) {
       complaints[i] = e.what();
     }
@@ -113,15 +122,17 @@ void verify(const fs::path& folder) {
     if (!complaint.empty()) fail(complaint);
 }
 
-void write_checkpoint(const fs::path& folder, const TrainingState& state, const ModelSource& source, const OptimizerTensors& tensors,
-                      Backend& backend) {
+void write_checkpoint(const fs::path& folder, const TrainingState& state, const ModelSource& source,
+                      const OptimizerTensors& tensors, Backend& backend) {
   const Config& config = source.description.config;
   make_folder(folder / "state");
   std::vector<FilePart> parts = fill_model_folder(folder, source, tensors.masters, backend);
   const auto add = [&](const std::vector<FilePart>& more) { parts.insert(parts.end(), more.begin(), more.end()); };
   add(write_state(folder, optimizer_file, config, {{"first.", tensors.first}, {"second.", tensors.second}}, backend));
-  if (source.dtype != StoredDType::f32) add(write_state(folder, masters_file, config, {{"", tensors.masters}}, backend));
-  for (const auto& [file, text] : {std::pair(trainer_file, trainer_json(state)), std::pair(trainer_state_file, trainer_state_json(state))}) {
+  if (source.dtype != StoredDType::f32)
+    add(write_state(folder, masters_file, config, {{"", tensors.masters}}, backend));
+  for (const auto& [file, text] :
+       {std::pair(trainer_file, trainer_json(state)), std::pair(trainer_state_file, trainer_state_json(state))}) {
     parts.push_back(write_file(folder / file, text));
     parts.back().file = file;
   }
@@ -141,8 +152,8 @@ void prove(const fs::path& folder) {
   }
 }
 
-// checkpoint-N appears in one rename. One of the same step steps aside first and is removed last; sweep_leftovers() puts it back if the process is
-// killed between.
+// checkpoint-N appears in one rename. One of the same step steps aside first and is removed last; sweep_leftovers()
+// puts it back if the process is killed between.
 void publish(const fs::path& partial, const fs::path& out, int64_t step) {
   const fs::path folder = out / checkpoint_name(step), aside = hidden(out, step, ".replaced");
   if (!fs::exists(folder)) return rename_path(partial, folder);
@@ -167,8 +178,8 @@ void remove_checkpoint(const fs::path& out, int64_t step) {
 
 }  // namespace
 
-fs::path save_checkpoint(const fs::path& out, const TrainingState& state, const ModelSource& source, const OptimizerTensors& tensors,
-                         int64_t keep, Backend& backend) {
+fs::path save_checkpoint(const fs::path& out, const TrainingState& state, const ModelSource& source,
+                         const OptimizerTensors& tensors, int64_t keep, Backend& backend) {
   const fs::path partial = hidden(out, state.step, ".partial");
   try {
     make_folder(out);
@@ -188,7 +199,8 @@ fs::path save_checkpoint(const fs::path& out, const TrainingState& state, const 
   // The one just proven is the first to keep, whatever its number.
   std::vector<std::pair<int64_t, fs::path>> others = list_checkpoints(out);
   std::erase_if(others, [&](const auto& c) { return c.first == state.step; });
-  for (int64_t i = 0; i + std::max<int64_t>(keep, 1) - 1 < static_cast<int64_t>(others.size()); ++i) remove_checkpoint(out, others[i].first);
+  for (int64_t i = 0; i + std::max<int64_t>(keep, 1) - 1 < static_cast<int64_t>(others.size()); ++i)
+    remove_checkpoint(out, others[i].first);
   return out / checkpoint_name(state.step);
 }
 
@@ -196,7 +208,8 @@ std::vector<std::pair<int64_t, fs::path>> list_checkpoints(const fs::path& out) 
   std::vector<std::pair<int64_t, fs::path>> found;
   std::error_code error;
   for (const fs::directory_entry& entry : fs::directory_iterator(out, error))
-    if (const auto step = step_of(entry.path().filename().string()); step && entry.is_directory()) found.emplace_back(*step, entry.path());
+    if (const auto step = step_of(entry.path().filename().string()); step && entry.is_directory())
+      found.emplace_back(*step, entry.path());
   std::sort(found.begin(), found.end());
   return found;
 }
@@ -207,7 +220,8 @@ void sweep_leftovers(const fs::path& out) {
   for (const fs::directory_entry& entry : fs::directory_iterator(out, error)) {
     const std::string ending = entry.path().extension(), stem = entry.path().stem();
     const bool ours = stem == ".model" || (stem.starts_with(".") && step_of(stem.substr(1)));
-    if (ours && (ending == ".partial" || ending == ".removed" || ending == ".replaced")) leftovers.push_back(entry.path());
+    if (ours && (ending == ".partial" || ending == ".removed" || ending == ".replaced"))
+      leftovers.push_back(entry.path());
   }
   for (const fs::path& path : leftovers) {
     const fs::path place = out / path.stem().string().substr(1);
@@ -220,7 +234,8 @@ void sweep_leftovers(const fs::path& out) {
 
 Checkpoint open_checkpoint(const fs::path& folder) {
   verify(folder);
-  return {folder, parse_training_state(read_file(folder / trainer_file), read_file(folder / trainer_state_file), folder.string())};
+  return {folder, parse_training_state(read_file(folder / trainer_file), read_file(folder / trainer_state_file),
+                                       folder.string())};
 }
 
 std::optional<Checkpoint> find_resumable(const fs::path& out, const std::function<void(const std::string&)>& report) {
@@ -236,7 +251,8 @@ std::optional<Checkpoint> find_resumable(const fs::path& out, const std::functio
   return std::nullopt;
 }
 
-void load_checkpoint(const Checkpoint& checkpoint, const Config& config, const OptimizerTensors& tensors, Backend& backend) {
+void load_checkpoint(const Checkpoint& checkpoint, const Config& config, const OptimizerTensors& tensors,
+                     Backend& backend) {
   const fs::path& folder = checkpoint.folder;
   read_state(folder, optimizer_file, config, {{"first.", tensors.first}, {"second.", tensors.second}}, backend);
   if (fs::exists(folder / masters_file))
@@ -265,7 +281,8 @@ std::vector<FilePart> parse_checksums(std::string_view text, const std::string& 
     if (fields.size() == 2 && fields[1] == "end") {
       uint64_t hash = 0;
       number(fields[0], 16, hash);
-      if (hash != xxh64(bytes_of(text.substr(0, begin))) || end + 1 != text.size()) refuse("does not have its own checksum");
+      if (hash != xxh64(bytes_of(text.substr(0, begin))) || end + 1 != text.size())
+        refuse("does not have its own checksum");
       return parts;
     }
     if (fields.size() != 5) refuse("line ", parts.size() + 1, " has ", fields.size(), " fields, not 5");
@@ -274,7 +291,8 @@ std::vector<FilePart> parse_checksums(std::string_view text, const std::string& 
     number(fields[1], 10, p.begin);
     number(fields[2], 10, p.bytes);
     const fs::path file(p.file);
-    if (p.begin < 0 || p.bytes < 0 || file.empty() || file.is_absolute() || std::find(file.begin(), file.end(), "..") != file.end())
+    if (p.begin < 0 || p.bytes < 0 || file.empty() || file.is_absolute() ||
+        std::find(file.begin(), file.end(), "..") != file.end())
       refuse("line ", parts.size() + 1, " names no part of a file in the checkpoint");
     parts.push_back(std::move(p));
     begin = end + 1;

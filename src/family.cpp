@@ -19,7 +19,8 @@ class Fields {
  public:
   Fields(const Json& json, std::string where) : json_(json), where_(std::move(where)) {}
 
-  template <class... Parts> [[noreturn]] void refuse(const std::string& key, const Parts&... what) const {
+  template <class... Parts>
+  [[noreturn]] void refuse(const std::string& key, const Parts&... what) const {
     fail(where_, ": ", key, " ", brief(json_.value(key, Json())), what...);
   }
 
@@ -44,7 +45,8 @@ class Fields {
   double positive(const std::string& key, double otherwise) {
     const Json& value = take(key);
     if (value.is_null()) return otherwise;
-    if (!value.is_number() || !(value.get<double>() > 0) || !std::isfinite(value.get<double>())) refuse(key, " is not a positive number");
+    if (!value.is_number() || !(value.get<double>() > 0) || !std::isfinite(value.get<double>()))
+      refuse(key, " is not a positive number");
     return value.get<double>();
   }
   bool flag(const std::string& key, bool otherwise) {
@@ -64,7 +66,8 @@ class Fields {
   void dropout(const std::string& key, std::vector<std::string>& notes) {
     const Json& value = take(key);
     if (value.is_null() || value == 0) return;
-    if (!value.is_number() || value.get<double>() < 0 || value.get<double>() >= 1) refuse(key, " is not a number from 0 to 1");
+    if (!value.is_number() || value.get<double>() < 0 || value.get<double>() >= 1)
+      refuse(key, " is not a number from 0 to 1");
     notes.push_back(key + " " + value.dump() + " is taken as 0");
   }
 
@@ -77,22 +80,26 @@ class Fields {
   std::set<std::string> taken_;
 };
 
-// Fields that change neither logits nor gradients: who wrote the file, special tokens, how to generate, classification heads, what to return.
+// Fields that change neither logits nor gradients: who wrote the file, special tokens, how to generate, classification
+// heads, what to return.
 const std::set<std::string>& harmless_fields() {
   static const std::set<std::string> keys = {
-      "_name_or_path", "transformers_version", "transformers.js_config", "auto_map", "use_cache", "is_llama_config", "_attn_implementation",
-      "_attn_implementation_autoset", "attn_implementation", "_commit_hash", "_flash_attn_2_enabled", "unsloth_fixed", "unsloth_version",
+      "_name_or_path", "transformers_version", "transformers.js_config", "auto_map", "use_cache", "is_llama_config",
+      "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_commit_hash",
+      "_flash_attn_2_enabled", "unsloth_fixed", "unsloth_version",
       // special tokens
-      "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix",
+      "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+      "tokenizer_class", "prefix",
       // generation, as older files hold it
-      "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
-      "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-      "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+      "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+      "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+      "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+      "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
       "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "max_new_tokens",
       // other tasks' heads and what a call returns
-      "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels", "output_attentions",
-      "output_hidden_states", "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward",
-      "cross_attention_hidden_size"};
+      "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
+      "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss",
+      "chunk_size_feed_forward", "cross_attention_hidden_size"};
   return keys;
 }
 
@@ -100,7 +107,8 @@ void Fields::refuse_the_rest() const {
   // Null says nothing, and a leading underscore is how transformers marks what is its own bookkeeping.
   for (const auto& [key, value] : json_.items())
     if (!taken_.contains(key) && !harmless_fields().contains(key) && !value.is_null() && !key.starts_with('_'))
-      fail(where_, ": the field ", key, " (", brief(value), ") is not known to this trainer and may change what the model computes; remove it if it does not");
+      fail(where_, ": the field ", key, " (", brief(value),
+           ") is not known to this trainer and may change what the model computes; remove it if it does not");
 }
 
 // Every layer attends to the whole sequence.
@@ -112,7 +120,8 @@ void no_sliding_window(Fields& f) {
   const Json& types = f.take("layer_types");
   if (!types.is_null() && !types.is_array()) f.refuse("layer_types", " is no list");
   for (const Json& type : types)
-    if (type != "full_attention") f.refuse("layer_types", " names ", brief(type), "; this trainer computes \"full_attention\"");
+    if (type != "full_attention")
+      f.refuse("layer_types", " names ", brief(type), "; this trainer computes \"full_attention\"");
 }
 
 // rope_theta and rope_scaling as older files have them, or rope_parameters; both may stand there if they agree.
@@ -143,17 +152,21 @@ StoredDType weights_dtype(Fields& f) {
   for (const char* key : {"torch_dtype", "dtype"}) {
     const Json& value = f.take(key);
     if (value.is_null()) continue;
-    if (value == "float32") dtype = StoredDType::f32;
-    else if (value == "bfloat16") dtype = StoredDType::bf16;
-    else if (value == "float16") dtype = StoredDType::f16;
-    else f.refuse(key, " is not supported; float32, bfloat16 and float16 are");
+    if (value == "float32")
+      dtype = StoredDType::f32;
+    else if (value == "bfloat16")
+      dtype = StoredDType::bf16;
+    else if (value == "float16")
+      dtype = StoredDType::f16;
+    else
+      f.refuse(key, " is not supported; float32, bfloat16 and float16 are");
   }
   return dtype;
 }
 
 // Limits far above any model keep every product of sizes within 64 bits.
-constexpr int64_t most_vocab = 1 << 24, most_width = 1 << 20, most_layers = 1 << 12, most_heads = 1 << 14, most_head_dim = 1 << 12,
-                  most_parameters = int64_t{1} << 44;
+constexpr int64_t most_vocab = 1 << 24, most_width = 1 << 20, most_layers = 1 << 12, most_heads = 1 << 14,
+                  most_head_dim = 1 << 12, most_parameters = int64_t{1} << 44;
 
 // What every decoder's config.json says in the same words: sizes, embeddings, precision.
 void read_common(Fields& f, ModelDescription& m) {
@@ -165,9 +178,11 @@ void read_common(Fields& f, ModelDescription& m) {
   c.heads = static_cast<int>(f.count("num_attention_heads", most_heads));
   c.kv_heads = static_cast<int>(f.count("num_key_value_heads", most_heads, c.heads));
   if (c.heads % c.kv_heads != 0) f.refuse("num_attention_heads", " is no multiple of num_key_value_heads ", c.kv_heads);
-  if (!f.has("head_dim") && c.width % c.heads != 0) f.refuse("hidden_size", " is no multiple of num_attention_heads ", c.heads);
+  if (!f.has("head_dim") && c.width % c.heads != 0)
+    f.refuse("hidden_size", " is no multiple of num_attention_heads ", c.heads);
   c.head_dim = static_cast<int>(f.count("head_dim", most_head_dim, c.width / c.heads));
-  if (c.head_dim > most_head_dim) f.refuse("hidden_size", " gives heads of ", c.head_dim, " entries; the most is ", most_head_dim);
+  if (c.head_dim > most_head_dim)
+    f.refuse("hidden_size", " gives heads of ", c.head_dim, " entries; the most is ", most_head_dim);
   c.max_positions = f.count("max_position_embeddings", int64_t{1} << 30, 2048);
   c.initializer_range = f.positive("initializer_range", 0.02);
   m.dtype = weights_dtype(f);
@@ -177,7 +192,8 @@ void read_common(Fields& f, ModelDescription& m) {
   f.only("tie_encoder_decoder", {false});
   f.only("is_decoder", {false, true});
   f.only("pruned_heads", {Json::object()});
-  if (f.has("quantization_config")) f.refuse("quantization_config", ": quantised weights are not supported; use the model in bf16, fp16 or fp32");
+  if (f.has("quantization_config"))
+    f.refuse("quantization_config", ": quantised weights are not supported; use the model in bf16, fp16 or fp32");
   f.take("quantization_config");
 }
 
@@ -186,7 +202,8 @@ void read_llama(Fields& f, ModelDescription& m) {
   Config& c = m.config;
   c.norm_epsilon = f.positive("rms_norm_eps", 1e-6);
   c.rope_theta = rope_theta(f, 10000);
-  if (c.head_dim % 2 != 0) fail(f.where(), ": heads of ", c.head_dim, " entries cannot be rotated in pairs; head_dim has to be even");
+  if (c.head_dim % 2 != 0)
+    fail(f.where(), ": heads of ", c.head_dim, " entries cannot be rotated in pairs; head_dim has to be even");
   c.tied_embeddings = f.flag("tie_word_embeddings", false);
   c.attention_bias = f.flag("attention_bias", false);
   c.mlp_bias = f.flag("mlp_bias", false);
@@ -210,9 +227,11 @@ const Family& find_family(Fields& f) {
   for (const Family& family : families) {
     if (one && architectures[0] == family.architecture && (type.is_null() || type == family.model_type)) return family;
     if (architectures.is_null() && type == family.model_type) return family;
-    supported += (supported.empty() ? "" : ", ") + std::string(family.architecture) + " (model_type " + family.model_type + ")";
+    supported +=
+        (supported.empty() ? "" : ", ") + std::string(family.architecture) + " (model_type " + family.model_type + ")";
   }
-  fail(f.where(), ": architecture ", brief(one ? architectures[0] : architectures), " (model_type ", brief(type), ") is not supported; this trainer knows ", supported);
+  fail(f.where(), ": architecture ", brief(one ? architectures[0] : architectures), " (model_type ", brief(type),
+       ") is not supported; this trainer knows ", supported);
 }
 
 }  // namespace
@@ -228,7 +247,8 @@ ModelDescription parse_model_config(std::string_view text, const std::string& wh
   read_common(fields, model);
   family.read(fields, model);
   fields.refuse_the_rest();
-  if (model.config.parameters() > most_parameters) fail(where, ": describes ", model.config.parameters(), " parameters, which no machine holds");
+  if (model.config.parameters() > most_parameters)
+    fail(where, ": describes ", model.config.parameters(), " parameters, which no machine holds");
   return model;
 }
 

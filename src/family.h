@@ -1,5 +1,6 @@
-// Model families: a Hugging Face config.json becomes a Config. A field that would change the result and that this trainer does not compute is
-// an error that names it; so is a field it does not know. A family is added by one entry in the table of family.cpp.
+// Model families: a Hugging Face config.json becomes a Config. A field that would change the result and that this
+// trainer does not compute is an error that names it; so is a field it does not know. A family is added by one entry in
+// the table of family.cpp.
 #pragma once
 
 #include <filesystem>
@@ -19,7 +20,8 @@ struct ModelDescription {
   std::vector<std::string> notes;        // to be said once: "attention_dropout 0.1 is taken as 0"
 };
 
-// Reads FOLDER/config.json, both generations of it. Throws UserError: one line with file, field, value and what is supported.
+// Reads FOLDER/config.json, both generations of it. Throws UserError: one line with file, field, value and what is
+// supported.
 ModelDescription read_model_config(const std::filesystem::path& folder);
 // The same from text; where names it in errors.
 ModelDescription parse_model_config(std::string_view json, const std::string& where);

@@ -23,10 +23,11 @@ namespace {
 // XXH64 reads little-endian words; so does every machine this trainer runs on.
 static_assert(std::endian::native == std::endian::little);
 
-constexpr uint64_t prime1 = 0x9E3779B185EBCA87u, prime2 = 0xC2B2AE3D27D4EB4Fu, prime3 = 0x165667B19E3779F9u, prime4 = 0x85EBCA77C2B2AE63u,
-                   prime5 = 0x27D4EB2F165667C5u;
+constexpr uint64_t prime1 = 0x9E3779B185EBCA87u, prime2 = 0xC2B2AE3D27D4EB4Fu, prime3 = 0x165667B19E3779F9u,
+                   prime4 = 0x85EBCA77C2B2AE63u, prime5 = 0x27D4EB2F165667C5u;
 
-template <class Word> uint64_t word_at(const std::byte* at) {
+template <class Word>
+uint64_t word_at(const std::byte* at) {
   Word word;
   std::memcpy(&word, at, sizeof word);
   return word;
@@ -88,7 +89,8 @@ uint64_t Hasher::value() const {
   hash += total_;
   const std::byte* at = rest_;
   size_t left = total_ % sizeof rest_;
-  for (; left >= 8; at += 8, left -= 8) hash = std::rotl(hash ^ mix_round(0, word_at<uint64_t>(at)), 27) * prime1 + prime4;
+  for (; left >= 8; at += 8, left -= 8)
+    hash = std::rotl(hash ^ mix_round(0, word_at<uint64_t>(at)), 27) * prime1 + prime4;
   for (; left >= 4; at += 4, left -= 4) hash = std::rotl(hash ^ (word_at<uint32_t>(at) * prime1), 23) * prime2 + prime3;
   for (; left > 0; ++at, --left) hash = std::rotl(hash ^ (word_at<uint8_t>(at) * prime5), 11) * prime1;
   hash = (hash ^ (hash >> 33)) * prime2;
@@ -112,7 +114,8 @@ MappedFile::MappedFile(const fs::path& path) {
   ::madvise(memory, size_, MADV_WILLNEED);
 }
 
-MappedFile::MappedFile(MappedFile&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 
 MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
@@ -138,7 +141,8 @@ void OutputFile::write(std::span<const std::byte> data) {
 
 void OutputFile::finish() {
   // EINVAL: something that cannot be flushed, such as a pipe.
-  if (::fsync(descriptor_) != 0 && errno != EINVAL) fail_machine(path_.string(), ": cannot be flushed to the device (", reason(), ")");
+  if (::fsync(descriptor_) != 0 && errno != EINVAL)
+    fail_machine(path_.string(), ": cannot be flushed to the device (", reason(), ")");
   if (::close(std::exchange(descriptor_, -1)) != 0) fail_machine(path_.string(), ": cannot be closed (", reason(), ")");
 }
 
@@ -163,9 +167,7 @@ void write_file_atomically(const fs::path& path, std::string_view text) {
   }
 }
 
-FilePart duplicate_file(const fs::path& from, const fs::path& to) {
-  return write_file(to, MappedFile(from).text());
-}
+FilePart duplicate_file(const fs::path& from, const fs::path& to) { return write_file(to, MappedFile(from).text()); }
 
 uint64_t hash_file_part(const fs::path& path, int64_t begin, int64_t bytes) {
   const Descriptor file(path, O_RDONLY);
@@ -173,7 +175,8 @@ uint64_t hash_file_part(const fs::path& path, int64_t begin, int64_t bytes) {
   std::vector<std::byte> buffer(static_cast<size_t>(std::min<int64_t>(bytes, 1 << 20)));
   Hasher hasher;
   for (int64_t done = 0; done < bytes;) {
-    const ssize_t taken = ::pread(file, buffer.data(), static_cast<size_t>(std::min<int64_t>(bytes - done, 1 << 20)), begin + done);
+    const ssize_t taken =
+        ::pread(file, buffer.data(), static_cast<size_t>(std::min<int64_t>(bytes - done, 1 << 20)), begin + done);
     if (taken < 0 && errno == EINTR) continue;
     if (taken < 0) fail(path.string(), ": cannot be read (", reason(), ")");
     if (taken == 0) fail(path.string(), ": ends at byte ", begin + done, ", ", bytes - done, " bytes too early");
@@ -187,18 +190,21 @@ void make_folder(const fs::path& folder) {
   std::error_code error;
   const bool made = fs::create_directories(folder, error);
   if (error || !fs::is_directory(folder, error))
-    fail_machine(folder.string(), ": cannot be made a folder (", error ? error.message() : "a file of that name exists", ")");
+    fail_machine(folder.string(), ": cannot be made a folder (", error ? error.message() : "a file of that name exists",
+                 ")");
   if (made) sync_folder(folder_of(folder));
 }
 
 void sync_folder(const fs::path& folder) {
   const Descriptor handle(folder, O_RDONLY | O_DIRECTORY);
   // EINVAL: a file system that has nothing to flush for a folder.
-  if (handle < 0 || (::fsync(handle) != 0 && errno != EINVAL)) fail_machine(folder.string(), ": cannot be flushed to the device (", reason(), ")");
+  if (handle < 0 || (::fsync(handle) != 0 && errno != EINVAL))
+    fail_machine(folder.string(), ": cannot be flushed to the device (", reason(), ")");
 }
 
 void rename_path(const fs::path& from, const fs::path& to) {
-  if (::rename(from.c_str(), to.c_str()) != 0) fail_machine(from.string(), ": cannot be renamed to ", to.string(), " (", reason(), ")");
+  if (::rename(from.c_str(), to.c_str()) != 0)
+    fail_machine(from.string(), ": cannot be renamed to ", to.string(), " (", reason(), ")");
   sync_folder(folder_of(to));
   if (folder_of(from) != folder_of(to)) sync_folder(folder_of(from));
 }
@@ -214,7 +220,8 @@ void forget_cached(const fs::path& path) {
   if (file >= 0) ::posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);  // a wish; nothing depends on it
 }
 
-FolderLock::FolderLock(const fs::path& folder) : descriptor_(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+FolderLock::FolderLock(const fs::path& folder)
+    : descriptor_(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
   if (descriptor_ < 0) fail_machine(folder.string(), ": cannot be opened (", reason(), ")");
   // Any other error: a file system without locks, where nothing can be checked.
   if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {

@@ -1,4 +1,5 @@
-// Files that are whole or absent: everything the trainer writes goes beside its place, is fsynced, and is renamed into it last.
+// Files that are whole or absent: everything the trainer writes goes beside its place, is fsynced, and is renamed into
+// it last.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,8 @@
 
 namespace orpo {
 
-// XXH64 with seed 0 (Collet, the xxHash specification), over pieces in order: the checksum of every tensor and file of a checkpoint.
+// XXH64 with seed 0 (Collet, the xxHash specification), over pieces in order: the checksum of every tensor and file of
+// a checkpoint.
 class Hasher {
  public:
   void add(std::span<const std::byte> piece);
@@ -32,7 +34,9 @@ struct FilePart {
   uint64_t hash;
 };
 
-inline std::span<const std::byte> bytes_of(std::string_view text) { return std::as_bytes(std::span(text.data(), text.size())); }
+inline std::span<const std::byte> bytes_of(std::string_view text) {
+  return std::as_bytes(std::span(text.data(), text.size()));
+}
 
 // A file in memory, read-only. Throws UserError naming the file where it is absent, unreadable or no regular file.
 class MappedFile {
@@ -50,8 +54,9 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// A file being written from start to end. What the machine refuses (no space, no permission, an I/O error) is a MachineError naming path and
-// reason. finish() flushes to the device (fsync); without it the file is only closed: half-written files live in folders nobody reads.
+// A file being written from start to end. What the machine refuses (no space, no permission, an I/O error) is a
+// MachineError naming path and reason. finish() flushes to the device (fsync); without it the file is only closed:
+// half-written files live in folders nobody reads.
 class OutputFile {
  public:
   explicit OutputFile(const std::filesystem::path& path);
@@ -75,20 +80,21 @@ void write_file_atomically(const std::filesystem::path& path, std::string_view t
 // Byte for byte, fsynced.
 FilePart duplicate_file(const std::filesystem::path& from, const std::filesystem::path& to);
 
-// The checksum of a part of a file, read and not mapped: an I/O error is then an exception and no signal. Throws UserError naming the file where
-// it is unreadable or ends early.
+// The checksum of a part of a file, read and not mapped: an I/O error is then an exception and no signal. Throws
+// UserError naming the file where it is unreadable or ends early.
 uint64_t hash_file_part(const std::filesystem::path& path, int64_t begin, int64_t bytes);
 
 // Folders. All throw MachineError naming path and reason.
-void make_folder(const std::filesystem::path& folder);                                     // with its parents; one that exists is fine
-void sync_folder(const std::filesystem::path& folder);                                     // fsync: names in it survive a power cut
-void rename_path(const std::filesystem::path& from, const std::filesystem::path& to);      // atomic, then both parents are fsynced
-void remove_tree(const std::filesystem::path& path);                                       // absent is fine
+void make_folder(const std::filesystem::path& folder);  // with its parents; one that exists is fine
+void sync_folder(const std::filesystem::path& folder);  // fsync: names in it survive a power cut
+void rename_path(const std::filesystem::path& from,
+                 const std::filesystem::path& to);    // atomic, then both parents are fsynced
+void remove_tree(const std::filesystem::path& path);  // absent is fine
 // Drops what the kernel keeps of a file that was fsynced, so that the next read comes from the device.
 void forget_cached(const std::filesystem::path& path);
 
-// One process at a time writes a folder: held from construction to the end of the process or the object. Throws UserError when another
-// process holds it. Needs no file: the folder itself is locked (flock).
+// One process at a time writes a folder: held from construction to the end of the process or the object. Throws
+// UserError when another process holds it. Needs no file: the folder itself is locked (flock).
 class FolderLock {
  public:
   explicit FolderLock(const std::filesystem::path& folder);

@@ -20,7 +20,8 @@ Json parse_json(std::string_view text, const std::string& where) {
   try {
     return Json::parse(text, check);
   } catch (const Json::parse_error& e) {
-    fail(where, ": is not valid JSON; it ", e.byte > text.size() ? "ends too early" : concat("goes wrong at byte ", e.byte, " of ", text.size()));
+    fail(where, ": is not valid JSON; it ",
+         e.byte > text.size() ? "ends too early" : concat("goes wrong at byte ", e.byte, " of ", text.size()));
   } catch (const Json::exception&) {
     fail(where, ": is not valid JSON; it holds a number that no double can hold");
   }

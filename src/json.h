@@ -9,7 +9,8 @@ namespace orpo {
 
 using Json = nlohmann::json;
 
-// Throws UserError naming where: no JSON (with the byte where it stops being some), a key given twice, nested deeper than 64 levels.
+// Throws UserError naming where: no JSON (with the byte where it stops being some), a key given twice, nested deeper
+// than 64 levels.
 Json parse_json(std::string_view text, const std::string& where);
 
 // A value as it fits an error line: its JSON, cut after 60 characters.

@@ -18,17 +18,22 @@ constexpr const char* partial_name = ".model.partial";
 
 std::string shape_text(const std::vector<int64_t>& shape) { return brief(Json(shape)); }
 
-std::string and_more(size_t others, const char* what) { return others ? concat(" (and ", others, " more ", what, ")") : ""; }
+std::string and_more(size_t others, const char* what) {
+  return others ? concat(" (and ", others, " more ", what, ")") : "";
+}
 
-// A folder may store the output matrix although it is tied to the embedding: the same values, or the file contradicts the config.
+// A folder may store the output matrix although it is tied to the embedding: the same values, or the file contradicts
+// the config.
 void check_tied_output(const StoredTensor& output, const StoredTensor& embedding, std::string_view embedding_name) {
-  if (output.shape != embedding.shape || output.dtype_text != embedding.dtype_text || !std::ranges::equal(output.data, embedding.data))
+  if (output.shape != embedding.shape || output.dtype_text != embedding.dtype_text ||
+      !std::ranges::equal(output.data, embedding.data))
     fail(output.file.string(), ": '", output.name, "' differs from '", embedding_name,
          "', but config.json says that they are one (tie_word_embeddings true); set it to false to train both");
 }
 
 // Every tensor of the model is in the folder, with its shape and a dtype that can be read, and nothing else is.
-void check_tensors(const StoredWeights& stored, const std::vector<TensorPlace>& places, const Config& config, const fs::path& folder) {
+void check_tensors(const StoredWeights& stored, const std::vector<TensorPlace>& places, const Config& config,
+                   const fs::path& folder) {
   std::vector<const TensorPlace*> missing;
   std::set<std::string_view> known;
   for (const TensorPlace& place : places) {
@@ -37,13 +42,16 @@ void check_tensors(const StoredWeights& stored, const std::vector<TensorPlace>& 
     if (!tensor)
       missing.push_back(&place);
     else if (tensor->shape != place.shape)
-      fail(tensor->file.string(), ": tensor '", place.name, "' has shape ", shape_text(tensor->shape), "; config.json asks for ", shape_text(place.shape));
+      fail(tensor->file.string(), ": tensor '", place.name, "' has shape ", shape_text(tensor->shape),
+           "; config.json asks for ", shape_text(place.shape));
     else if (!tensor->dtype)
-      fail(tensor->file.string(), ": tensor '", place.name, "' is stored as ", tensor->dtype_text, "; F32, BF16 and F16 can be read");
+      fail(tensor->file.string(), ": tensor '", place.name, "' is stored as ", tensor->dtype_text,
+           "; F32, BF16 and F16 can be read");
   }
   if (!missing.empty())
-    fail(folder.string(), ": tensor '", missing[0]->name, "' ", shape_text(missing[0]->shape), " is missing", and_more(missing.size() - 1, "tensors"),
-         "; config.json describes ", config.layers, " layers of the ", config.family, " family");
+    fail(folder.string(), ": tensor '", missing[0]->name, "' ", shape_text(missing[0]->shape), " is missing",
+         and_more(missing.size() - 1, "tensors"), "; config.json describes ", config.layers, " layers of the ",
+         config.family, " family");
 
   std::vector<const StoredTensor*> unexpected;
   for (const StoredTensor& t : stored.tensors()) {
@@ -54,14 +62,16 @@ void check_tensors(const StoredWeights& stored, const std::vector<TensorPlace>& 
       unexpected.push_back(&t);
   }
   if (!unexpected.empty())
-    fail(unexpected[0]->file.string(), ": tensor '", unexpected[0]->name, "' ", shape_text(unexpected[0]->shape), " has no place in the model of config.json (",
-         config.layers, " layers of the ", config.family, " family)", and_more(unexpected.size() - 1, "unexpected tensors"));
+    fail(unexpected[0]->file.string(), ": tensor '", unexpected[0]->name, "' ", shape_text(unexpected[0]->shape),
+         " has no place in the model of config.json (", config.layers, " layers of the ", config.family, " family)",
+         and_more(unexpected.size() - 1, "unexpected tensors"));
 }
 
 StoredDType widest(StoredDType a, StoredDType b) { return a == b ? a : StoredDType::f32; }
 
 // Consecutive places whose tensors fit a file of shard_bytes, at least one a file.
-std::vector<std::vector<TensorPlace>> cut_into_shards(const std::vector<TensorPlace>& places, StoredDType dtype, int64_t shard_bytes) {
+std::vector<std::vector<TensorPlace>> cut_into_shards(const std::vector<TensorPlace>& places, StoredDType dtype,
+                                                      int64_t shard_bytes) {
   std::vector<std::vector<TensorPlace>> shards(1);
   int64_t filled = 0;
   for (const TensorPlace& place : places) {
@@ -73,18 +83,20 @@ std::vector<std::vector<TensorPlace>> cut_into_shards(const std::vector<TensorPl
   return shards;
 }
 
-std::vector<FilePart> write_places(const fs::path& file, const std::vector<TensorPlace>& places, const std::vector<Parameter>& list,
-                                   StoredDType dtype, Backend& backend) {
+std::vector<FilePart> write_places(const fs::path& file, const std::vector<TensorPlace>& places,
+                                   const std::vector<Parameter>& list, StoredDType dtype, Backend& backend) {
   std::vector<SafetensorsWriter::Entry> entries;
   for (const TensorPlace& place : places) entries.push_back({place.name, dtype, place.shape});
   SafetensorsWriter writer(file, entries);
   for (const TensorPlace& place : places)
-    write_values(writer, list[place.parameter].tensor.slice(place.first_row, place.shape[0]), dtype, place.name, backend);
+    write_values(writer, list[place.parameter].tensor.slice(place.first_row, place.shape[0]), dtype, place.name,
+                 backend);
   writer.finish();
   return writer.parts();
 }
 
-std::string shard_index(const std::vector<std::pair<std::string, std::string>>& tensor_files, int64_t total_bytes, int64_t parameters) {
+std::string shard_index(const std::vector<std::pair<std::string, std::string>>& tensor_files, int64_t total_bytes,
+                        int64_t parameters) {
   Json index;
   index["metadata"] = {{"total_parameters", parameters}, {"total_size", total_bytes}};
   for (const auto& [tensor, file] : tensor_files) index["weight_map"][tensor] = file;
@@ -96,7 +108,8 @@ void append(std::vector<FilePart>& parts, std::vector<FilePart> more) {
 }
 
 bool is_weights_file(const std::string& name) {
-  return name == "model.safetensors" || name == "model.safetensors.index.json" || (name.starts_with("model-") && name.ends_with(".safetensors"));
+  return name == "model.safetensors" || name == "model.safetensors.index.json" ||
+         (name.starts_with("model-") && name.ends_with(".safetensors"));
 }
 
 }  // namespace
@@ -117,7 +130,8 @@ StoredDType load_weights(const fs::path& folder, const Config& config, const Wei
 }
 
 StoredDType stored_dtype(const fs::path& folder, const ModelDescription& description) {
-  if (!fs::exists(folder / "model.safetensors") && !fs::exists(folder / "model.safetensors.index.json")) return description.dtype;
+  if (!fs::exists(folder / "model.safetensors") && !fs::exists(folder / "model.safetensors.index.json"))
+    return description.dtype;
   const StoredWeights stored = StoredWeights::of_folder(folder);
   const std::vector<TensorPlace> places = tensor_places(description.config);
   check_tensors(stored, places, description.config, folder);
@@ -126,8 +140,8 @@ StoredDType stored_dtype(const fs::path& folder, const ModelDescription& descrip
   return dtype;
 }
 
-std::vector<FilePart> save_weights(const fs::path& folder, const Config& config, const Weights& weights, StoredDType dtype, Backend& backend,
-                                   int64_t shard_bytes) {
+std::vector<FilePart> save_weights(const fs::path& folder, const Config& config, const Weights& weights,
+                                   StoredDType dtype, Backend& backend, int64_t shard_bytes) {
   const std::vector<Parameter> list = parameters(config, weights);
   const std::vector<std::vector<TensorPlace>> shards = cut_into_shards(tensor_places(config), dtype, shard_bytes);
   if (shards.size() == 1) return write_places(folder / "model.safetensors", shards[0], list, dtype, backend);
@@ -144,7 +158,8 @@ std::vector<FilePart> save_weights(const fs::path& folder, const Config& config,
       elements += SafetensorsWriter::Entry{place.name, dtype, place.shape}.bytes() / stored_dtype_bytes(dtype);
     }
   }
-  parts.push_back(write_file(folder / "model.safetensors.index.json", shard_index(tensor_files, elements * stored_dtype_bytes(dtype), elements)));
+  parts.push_back(write_file(folder / "model.safetensors.index.json",
+                             shard_index(tensor_files, elements * stored_dtype_bytes(dtype), elements)));
   return parts;
 }
 
@@ -161,23 +176,28 @@ void save_gradients(const fs::path& file, const Config& config, const Weights& g
 }
 
 std::vector<std::string> side_files(const fs::path& folder) {
-  static const std::set<std::string> listed = {"generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                                               "merges.txt", "vocab.txt", "chat_template.json"};
+  static const std::set<std::string> listed = {
+      "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+      "chat_template.json"};
   const auto belongs = [](const fs::path& p) {
     const std::string name = p.filename().string(), ending = p.extension().string();
-    if (name.starts_with(".") || std::any_of(name.begin(), name.end(), [](unsigned char c) { return c < ' '; })) return false;
-    return listed.contains(name) || name.find("tokenizer") != std::string::npos || ending == ".jinja" || ending == ".model" || ending == ".tiktoken";
+    if (name.starts_with(".") || std::any_of(name.begin(), name.end(), [](unsigned char c) { return c < ' '; }))
+      return false;
+    return listed.contains(name) || name.find("tokenizer") != std::string::npos || ending == ".jinja" ||
+           ending == ".model" || ending == ".tiktoken";
   };
   std::vector<std::string> names;
   std::error_code error;
   for (const char* inside : {"", "additional_chat_templates"})  // where transformers puts the named templates
     for (const fs::directory_entry& entry : fs::directory_iterator(folder / inside, error))
-      if (entry.is_regular_file() && belongs(entry.path())) names.push_back((fs::path(inside) / entry.path().filename()).string());
+      if (entry.is_regular_file() && belongs(entry.path()))
+        names.push_back((fs::path(inside) / entry.path().filename()).string());
   std::sort(names.begin(), names.end());
   return names;
 }
 
-std::vector<FilePart> fill_model_folder(const fs::path& folder, const ModelSource& source, const Weights& weights, Backend& backend) {
+std::vector<FilePart> fill_model_folder(const fs::path& folder, const ModelSource& source, const Weights& weights,
+                                        Backend& backend) {
   std::vector<FilePart> parts;
   for (const std::string& name : side_files(source.folder)) {
     const fs::path inner = fs::path(name).parent_path();

@@ -19,8 +19,9 @@ constexpr uint64_t most_header_bytes = 100'000'000;  // as the reference reader
 // Bytes of an element of each dtype of the format; 0: not one of them.
 int64_t element_bytes(std::string_view dtype) {
   static const std::map<std::string_view, int64_t> sizes = {
-      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"I16", 2}, {"U16", 2},
-      {"F16", 2},  {"BF16", 2}, {"I32", 4}, {"U32", 4},     {"F32", 4},     {"I64", 8},     {"U64", 8}, {"F64", 8}, {"C64", 8}};
+      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1},
+      {"I16", 2},  {"U16", 2}, {"F16", 2}, {"BF16", 2},    {"I32", 4},     {"U32", 4},
+      {"F32", 4},  {"I64", 8}, {"U64", 8}, {"F64", 8},     {"C64", 8}};
   const auto found = sizes.find(dtype);
   return found == sizes.end() ? 0 : found->second;
 }
@@ -34,7 +35,8 @@ std::optional<StoredDType> weight_dtype(std::string_view text) {
 // A count from the header: an integer, not negative, small enough to add two of them.
 std::optional<int64_t> count_in(const Json& value) {
   if (!value.is_number_integer()) return std::nullopt;
-  const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() <= (uint64_t{1} << 62) : value.get<int64_t>() >= 0;
+  const bool fits =
+      value.is_number_unsigned() ? value.get<uint64_t>() <= (uint64_t{1} << 62) : value.get<int64_t>() >= 0;
   return fits ? std::optional(value.get<int64_t>()) : std::nullopt;
 }
 
@@ -46,7 +48,8 @@ std::optional<int64_t> product(const std::vector<int64_t>& shape, int64_t unit) 
   return n;
 }
 
-StoredTensor parse_entry(const std::string& name, const Json& entry, std::span<const std::byte> data, const fs::path& path) {
+StoredTensor parse_entry(const std::string& name, const Json& entry, std::span<const std::byte> data,
+                         const fs::path& path) {
   const auto refuse = [&](const auto&... what) { fail(path.string(), ": tensor '", name, "' ", what...); };
   if (!entry.is_object() || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets"))
     refuse("lacks its dtype, shape or data_offsets");
@@ -61,12 +64,15 @@ StoredTensor parse_entry(const std::string& name, const Json& entry, std::span<c
   }
   if (!offsets.is_array() || offsets.size() != 2 || !count_in(offsets[0]) || !count_in(offsets[1]))
     refuse("has data_offsets ", brief(offsets), ", not two byte counts");
-  const int64_t begin = *count_in(offsets[0]), end = *count_in(offsets[1]), available = static_cast<int64_t>(data.size());
+  const int64_t begin = *count_in(offsets[0]), end = *count_in(offsets[1]),
+                available = static_cast<int64_t>(data.size());
   if (begin > end) refuse("ends at byte ", end, " of the data, before it begins at ", begin);
-  if (end > available) refuse("ends at byte ", end, " of the data, but the file holds ", available, ": it is truncated; fetch it again");
+  if (end > available)
+    refuse("ends at byte ", end, " of the data, but the file holds ", available, ": it is truncated; fetch it again");
   const std::optional<int64_t> bytes = product(tensor.shape, element_bytes(tensor.dtype_text));
   if (!bytes || *bytes != end - begin)
-    refuse("of shape ", brief(shape), " ", tensor.dtype_text, " takes ", bytes ? std::to_string(*bytes) : "far too many", " bytes, but its data_offsets hold ", end - begin);
+    refuse("of shape ", brief(shape), " ", tensor.dtype_text, " takes ",
+           bytes ? std::to_string(*bytes) : "far too many", " bytes, but its data_offsets hold ", end - begin);
   tensor.data = data.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
   return tensor;
 }
@@ -77,7 +83,8 @@ void check_cover(const std::vector<StoredTensor>& tensors, std::span<const std::
   for (const StoredTensor& t : tensors) {
     if (t.data.data() != at)
       fail(path.string(), ": tensor '", t.name, "' begins at byte ", t.data.data() - data.data(), " of the data, ",
-           t.data.data() < at ? "inside the tensor before it, which ends at " : "after a gap that starts at ", at - data.data());
+           t.data.data() < at ? "inside the tensor before it, which ends at " : "after a gap that starts at ",
+           at - data.data());
     at += t.data.size();
   }
   const int64_t left = data.data() + data.size() - at;
@@ -86,17 +93,23 @@ void check_cover(const std::vector<StoredTensor>& tensors, std::span<const std::
 
 }  // namespace
 
-const char* stored_dtype_name(StoredDType dtype) { return dtype == StoredDType::f32 ? "F32" : dtype == StoredDType::bf16 ? "BF16" : "F16"; }
+const char* stored_dtype_name(StoredDType dtype) {
+  return dtype == StoredDType::f32 ? "F32" : dtype == StoredDType::bf16 ? "BF16" : "F16";
+}
 
-int64_t StoredTensor::elements() const { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
+int64_t StoredTensor::elements() const {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
 
 std::vector<StoredTensor> parse_safetensors(std::span<const std::byte> file, const fs::path& path) {
   uint64_t length = 0;
-  if (file.size() < length_bytes) fail(path.string(), ": ", file.size(), " bytes are no safetensors file; fetch it again");
+  if (file.size() < length_bytes)
+    fail(path.string(), ": ", file.size(), " bytes are no safetensors file; fetch it again");
   std::memcpy(&length, file.data(), length_bytes);
   if (length > most_header_bytes) fail(path.string(), ": is no safetensors file (a header of ", length, " bytes)");
   if (length > file.size() - length_bytes)
-    fail(path.string(), ": its header of ", length, " bytes does not fit the ", file.size(), " bytes of the file: it is truncated; fetch it again");
+    fail(path.string(), ": its header of ", length, " bytes does not fit the ", file.size(),
+         " bytes of the file: it is truncated; fetch it again");
   const std::string_view header(reinterpret_cast<const char*>(file.data()) + length_bytes, length);
   const std::span<const std::byte> data = file.subspan(length_bytes + length);
 
@@ -119,10 +132,12 @@ void StoredWeights::add_file(const fs::path& file) {
 }
 
 void StoredWeights::sort() {
-  std::sort(tensors_.begin(), tensors_.end(), [](const StoredTensor& a, const StoredTensor& b) { return a.name < b.name; });
+  std::sort(tensors_.begin(), tensors_.end(),
+            [](const StoredTensor& a, const StoredTensor& b) { return a.name < b.name; });
   for (size_t i = 1; i < tensors_.size(); ++i)
     if (tensors_[i].name == tensors_[i - 1].name)
-      fail(tensors_[i].file.string(), ": tensor '", tensors_[i].name, "' stands in ", tensors_[i - 1].file.filename().string(), " as well");
+      fail(tensors_[i].file.string(), ": tensor '", tensors_[i].name, "' stands in ",
+           tensors_[i - 1].file.filename().string(), " as well");
 }
 
 StoredWeights StoredWeights::of_file(const fs::path& file) {
@@ -134,11 +149,13 @@ StoredWeights StoredWeights::of_file(const fs::path& file) {
 
 std::map<std::string, std::string> parse_shard_index(std::string_view text, const fs::path& path) {
   const Json json = parse_json(text, path.string());
-  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) fail(path.string(), ": has no weight_map");
+  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object())
+    fail(path.string(), ": has no weight_map");
   std::map<std::string, std::string> places;
   for (const auto& [tensor, file] : json["weight_map"].items()) {
     const fs::path name = file.is_string() ? file.get<std::string>() : "";
-    if (name.empty() || name != name.filename() || name == "." || name == "..") fail(path.string(), ": weight_map gives tensor '", tensor, "' no file name of this folder");
+    if (name.empty() || name != name.filename() || name == "." || name == "..")
+      fail(path.string(), ": weight_map gives tensor '", tensor, "' no file name of this folder");
     places[tensor] = name;
   }
   return places;
@@ -148,9 +165,11 @@ StoredWeights StoredWeights::of_folder(const fs::path& folder) {
   const fs::path single = folder / "model.safetensors", index = folder / "model.safetensors.index.json";
   if (fs::exists(single)) return of_file(single);
   if (!fs::exists(index)) {
-    const bool pickled = fs::exists(folder / "pytorch_model.bin") || fs::exists(folder / "pytorch_model.bin.index.json");
+    const bool pickled =
+        fs::exists(folder / "pytorch_model.bin") || fs::exists(folder / "pytorch_model.bin.index.json");
     fail(folder.string(), ": holds no model.safetensors and no model.safetensors.index.json",
-         pickled ? "; its pytorch_model.bin has to be converted first: load it in transformers and call save_pretrained" : "");
+         pickled ? "; its pytorch_model.bin has to be converted first: load it in transformers and call save_pretrained"
+                 : "");
   }
   const std::map<std::string, std::string> places = parse_shard_index(MappedFile(index).text(), index);
   std::map<std::string, std::vector<std::string>> shards;  // file -> tensors
@@ -158,21 +177,25 @@ StoredWeights StoredWeights::of_folder(const fs::path& folder) {
   StoredWeights weights;
   for (const auto& [file, names] : shards) {
     if (!fs::exists(folder / file))
-      fail((folder / file).string(), ": this shard is missing; ", index.filename().string(), " puts ", names.size(), " tensors there, '", names[0], "' among them");
+      fail((folder / file).string(), ": this shard is missing; ", index.filename().string(), " puts ", names.size(),
+           " tensors there, '", names[0], "' among them");
     weights.add_file(folder / file);
   }
   weights.sort();
   for (const auto& [file, names] : shards)
     for (const std::string& name : names)
       if (const StoredTensor* t = weights.find(name); !t || t->file.filename() != file)
-        fail((folder / file).string(), ": tensor '", name, "' is missing; ", index.filename().string(), " says that it is here");
+        fail((folder / file).string(), ": tensor '", name, "' is missing; ", index.filename().string(),
+             " says that it is here");
   for (const StoredTensor& t : weights.tensors_)
-    if (!places.contains(t.name)) fail(t.file.string(), ": tensor '", t.name, "' is not in ", index.filename().string());
+    if (!places.contains(t.name))
+      fail(t.file.string(), ": tensor '", t.name, "' is not in ", index.filename().string());
   return weights;
 }
 
 const StoredTensor* StoredWeights::find(std::string_view name) const {
-  const auto found = std::lower_bound(tensors_.begin(), tensors_.end(), name, [](const StoredTensor& t, std::string_view n) { return t.name < n; });
+  const auto found = std::lower_bound(tensors_.begin(), tensors_.end(), name,
+                                      [](const StoredTensor& t, std::string_view n) { return t.name < n; });
   return found == tensors_.end() || found->name != name ? nullptr : &*found;
 }
 
@@ -190,7 +213,8 @@ SafetensorsWriter::SafetensorsWriter(const fs::path& path, const std::vector<Ent
     end += e.bytes();
     // A list, not [] on the object: ordered objects search for every key.
     header.get_ref<nlohmann::ordered_json::object_t&>().emplace_back(
-        e.name, nlohmann::ordered_json{{"dtype", stored_dtype_name(e.dtype)}, {"shape", e.shape}, {"data_offsets", {begin, end}}});
+        e.name, nlohmann::ordered_json{
+                    {"dtype", stored_dtype_name(e.dtype)}, {"shape", e.shape}, {"data_offsets", {begin, end}}});
   }
   std::string text = header.dump();
   constexpr size_t alignment = 64;
@@ -226,7 +250,8 @@ void SafetensorsWriter::write(std::span<const std::byte> data) {
 
 void SafetensorsWriter::finish() {
   for (; current_ < parts_.size() && parts_[current_].bytes == 0; ++current_) parts_[current_].hash = Hasher().value();
-  if (current_ != parts_.size()) fail_machine(parts_[0].file, ": tensor ", parts_[current_].what, " was not written in full");
+  if (current_ != parts_.size())
+    fail_machine(parts_[0].file, ": tensor ", parts_[current_].what, " was not written in full");
   file_.finish();
 }
 
@@ -241,8 +266,10 @@ std::vector<Part> llama_parts(const Config& c, std::string_view ours) {
   const int64_t q = c.attention_width(), kv = static_cast<int64_t>(c.kv_heads) * c.head_dim, n = c.intermediate;
   if (ours == "embedding") return {{"model.embed_tokens.weight", c.vocab}};
   if (ours == "attention_norm") return {{"input_layernorm.weight", c.width}};
-  if (ours == "qkv") return {{"self_attn.q_proj.weight", q}, {"self_attn.k_proj.weight", kv}, {"self_attn.v_proj.weight", kv}};
-  if (ours == "qkv_bias") return {{"self_attn.q_proj.bias", q}, {"self_attn.k_proj.bias", kv}, {"self_attn.v_proj.bias", kv}};
+  if (ours == "qkv")
+    return {{"self_attn.q_proj.weight", q}, {"self_attn.k_proj.weight", kv}, {"self_attn.v_proj.weight", kv}};
+  if (ours == "qkv_bias")
+    return {{"self_attn.q_proj.bias", q}, {"self_attn.k_proj.bias", kv}, {"self_attn.v_proj.bias", kv}};
   if (ours == "attention_output") return {{"self_attn.o_proj.weight", c.width}};
   if (ours == "attention_output_bias") return {{"self_attn.o_proj.bias", c.width}};
   if (ours == "mlp_norm") return {{"post_attention_layernorm.weight", c.width}};
@@ -272,7 +299,8 @@ std::vector<TensorPlace> tensor_places(const Config& config) {
       places.push_back({(in_layer ? "model." + prefix : "") + std::string(part.name), i, row, shape});
       row += part.rows;
     }
-    REQUIRE_SHAPE("tensor_places", row == list[i].tensor.shape[0], list[i].name, " has ", list[i].tensor.shape[0], " rows");
+    REQUIRE_SHAPE("tensor_places", row == list[i].tensor.shape[0], list[i].name, " has ", list[i].tensor.shape[0],
+                  " rows");
   }
   return places;
 }

@@ -1,5 +1,5 @@
-// The safetensors format (8-byte header length, JSON header, tensors back to back), single files and sharded folders, and the one table that
-// knows Hugging Face's tensor names.
+// The safetensors format (8-byte header length, JSON header, tensors back to back), single files and sharded folders,
+// and the one table that knows Hugging Face's tensor names.
 #pragma once
 
 #include <cstddef>
@@ -25,26 +25,28 @@ inline int64_t stored_dtype_bytes(StoredDType dtype) { return dtype == StoredDTy
 // A tensor inside a mapped file.
 struct StoredTensor {
   std::string name;
-  std::string dtype_text;             // any of the format's dtypes
-  std::optional<StoredDType> dtype;   // where it is one that weights may have
+  std::string dtype_text;            // any of the format's dtypes
+  std::optional<StoredDType> dtype;  // where it is one that weights may have
   std::vector<int64_t> shape;
-  std::span<const std::byte> data;    // row-major, little-endian
+  std::span<const std::byte> data;  // row-major, little-endian
   std::filesystem::path file;
   int64_t elements() const;
 };
 
-// Reads the header of a safetensors file held in memory: names, dtypes, shapes, and data offsets that cover the file without gap or overlap.
-// Tensors come in the order of their data. Throws UserError naming file and tensor.
+// Reads the header of a safetensors file held in memory: names, dtypes, shapes, and data offsets that cover the file
+// without gap or overlap. Tensors come in the order of their data. Throws UserError naming file and tensor.
 std::vector<StoredTensor> parse_safetensors(std::span<const std::byte> file, const std::filesystem::path& path);
 
 // model.safetensors.index.json: tensor -> file of the same folder. Throws UserError.
 std::map<std::string, std::string> parse_shard_index(std::string_view json, const std::filesystem::path& path);
 
-// All tensors of a file, or of a model folder: model.safetensors, or the shards that model.safetensors.index.json names.
+// All tensors of a file, or of a model folder: model.safetensors, or the shards that model.safetensors.index.json
+// names.
 class StoredWeights {
  public:
   static StoredWeights of_file(const std::filesystem::path& file);
-  static StoredWeights of_folder(const std::filesystem::path& folder);  // throws UserError: missing shard, tensor in two shards, index and shard disagree
+  static StoredWeights of_folder(const std::filesystem::path& folder);  // throws UserError: missing shard, tensor in
+                                                                        // two shards, index and shard disagree
 
   const std::vector<StoredTensor>& tensors() const { return tensors_; }
   const StoredTensor* find(std::string_view name) const;  // nullptr: absent
@@ -56,7 +58,8 @@ class StoredWeights {
   std::vector<StoredTensor> tensors_;  // by name
 };
 
-// Writes one safetensors file: shapes first, then the data of each tensor in the same order. The data starts at a multiple of 64 bytes.
+// Writes one safetensors file: shapes first, then the data of each tensor in the same order. The data starts at a
+// multiple of 64 bytes.
 class SafetensorsWriter {
  public:
   struct Entry {
@@ -67,7 +70,7 @@ class SafetensorsWriter {
   };
   SafetensorsWriter(const std::filesystem::path& path, const std::vector<Entry>& entries);
   void write(std::span<const std::byte> data);  // the next bytes of the entries, in order
-  void finish();                                // fsync; MachineError where fewer bytes were written than the entries have
+  void finish();  // fsync; MachineError where fewer bytes were written than the entries have
 
   // Header and tensors with their checksums; they cover the file. After finish().
   const std::vector<FilePart>& parts() const { return parts_; }
@@ -75,8 +78,8 @@ class SafetensorsWriter {
  private:
   OutputFile file_;
   std::vector<FilePart> parts_;
-  size_t current_ = 0;      // the part that the next byte belongs to
-  int64_t written_ = 0;     // bytes of it
+  size_t current_ = 0;   // the part that the next byte belongs to
+  int64_t written_ = 0;  // bytes of it
   Hasher hasher_;
 };
 
@@ -88,9 +91,11 @@ struct TensorPlace {
   std::vector<int64_t> shape;  // [rows] or [rows, in]
 };
 std::vector<TensorPlace> tensor_places(const Config& config);
-// Tensors that a folder may hold although the model has no place for them: buffers that follow from the config. A tied output is checked by the loader.
+// Tensors that a folder may hold although the model has no place for them: buffers that follow from the config. A tied
+// output is checked by the loader.
 bool is_derived_tensor(const Config& config, std::string_view name);
-// The name of the output matrix in folders that store it although it is tied to the embedding, and the name of that embedding.
+// The name of the output matrix in folders that store it although it is tied to the embedding, and the name of that
+// embedding.
 std::string_view tied_output_name(const Config& config);
 std::string_view tied_embedding_name(const Config& config);
 

@@ -21,7 +21,9 @@ static_assert(sizeof(f16) == 2);
 // target (any floating dtype, on the device) = the stored values; same number of elements, stored.dtype present.
 void read_values(const Tensor& target, const StoredTensor& stored, Backend& backend);
 
-// The next bytes of the writer = source, rounded to dtype. Throws UserError, naming the tensor, where a finite value passes fp16's largest.
-void write_values(SafetensorsWriter& writer, const Tensor& source, StoredDType dtype, const std::string& name, Backend& backend);
+// The next bytes of the writer = source, rounded to dtype. Throws UserError, naming the tensor, where a finite value
+// passes fp16's largest.
+void write_values(SafetensorsWriter& writer, const Tensor& source, StoredDType dtype, const std::string& name,
+                  Backend& backend);
 
 }  // namespace orpo

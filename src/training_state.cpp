@@ -1,4 +1,5 @@
-// The JSON files of a checkpoint: state/trainer.json for this trainer, trainer_state.json for transformers and what reads its logs.
+// The JSON files of a checkpoint: state/trainer.json for this trainer, trainer_state.json for transformers and what
+// reads its logs.
 #include <limits>
 
 #include "src/checkpoint.h"
@@ -22,7 +23,8 @@ class Reader {
   }
   int64_t whole(const char* key) const { return whole(key, field(key)); }
   int64_t whole(const std::string& key, const Json& value) const {
-    const bool fits = value.is_number_integer() && (!value.is_number_unsigned() || value.get<uint64_t>() <= std::numeric_limits<int64_t>::max());
+    const bool fits = value.is_number_integer() &&
+                      (!value.is_number_unsigned() || value.get<uint64_t>() <= std::numeric_limits<int64_t>::max());
     if (!fits) fail(where_, ": ", key, " ", brief(value), " is no whole number");
     return value.get<int64_t>();
   }
@@ -100,7 +102,8 @@ std::string trainer_state_json(const TrainingState& s) {
 }
 
 TrainingState parse_training_state(std::string_view trainer, std::string_view trainer_state, const std::string& where) {
-  const Json own = parse_json(trainer, where + "/state/trainer.json"), theirs = parse_json(trainer_state, where + "/trainer_state.json");
+  const Json own = parse_json(trainer, where + "/state/trainer.json"),
+             theirs = parse_json(trainer_state, where + "/trainer_state.json");
   const Reader reader(own, where + "/state/trainer.json"), log(theirs, where + "/trainer_state.json");
   TrainingState s;
   s.step = reader.count("step");
@@ -111,7 +114,8 @@ TrainingState parse_training_state(std::string_view trainer, std::string_view tr
   s.eval_every = reader.count("eval_every");
   s.save_every = reader.count("save_every");
   s.seed = reader.bits("seed");
-  for (const auto& [name, value] : reader.object("counters").items()) s.counters[name] = reader.whole("counters: " + name, value);
+  for (const auto& [name, value] : reader.object("counters").items())
+    s.counters[name] = reader.whole("counters: " + name, value);
   for (const Json& option : reader.list("options")) {
     if (!option.is_array() || option.size() != 2 || !option[0].is_string() || !option[1].is_string())
       fail(reader.where(), ": options hold ", brief(option), ", not a name and its value");
@@ -121,7 +125,8 @@ TrainingState parse_training_state(std::string_view trainer, std::string_view tr
     if (!entry.is_object()) fail(log.where(), ": log_history holds ", brief(entry), ", not an object");
     s.log_history.push_back(entry.dump());
   }
-  if (log.whole("global_step") != s.step) fail(log.where(), ": is of step ", log.whole("global_step"), ", state/trainer.json of step ", s.step);
+  if (log.whole("global_step") != s.step)
+    fail(log.where(), ": is of step ", log.whole("global_step"), ", state/trainer.json of step ", s.step);
   return s;
 }
 

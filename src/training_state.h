@@ -7,7 +7,8 @@
 
 namespace orpo {
 
-std::string trainer_json(const TrainingState& state);        // state/trainer.json
-std::string trainer_state_json(const TrainingState& state);  // trainer_state.json; throws UserError where a log entry is no JSON
+std::string trainer_json(const TrainingState& state);  // state/trainer.json
+std::string trainer_state_json(
+    const TrainingState& state);  // trainer_state.json; throws UserError where a log entry is no JSON
 
 }  // namespace orpo

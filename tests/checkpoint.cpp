@@ -24,14 +24,18 @@ namespace {
 // A run's tensors and its output folder.
 struct Run {
   Run(const fs::path& folder, StoredDType dtype, int threads = 2)
-      : out(folder / "out"), masters(config(), DType::f32, 1, threads), first(config(), DType::f32, 2, threads), second(config(), DType::f32, 3, threads),
+      : out(folder / "out"),
+        masters(config(), DType::f32, 1, threads),
+        first(config(), DType::f32, 2, threads),
+        second(config(), DType::f32, 3, threads),
         source{folder, parse_model_config(llama_json(), "config.json"), dtype} {
     state.epoch = 0.1 + 0.2;
     state.max_steps = 1000, state.epochs = 3, state.batch_pairs = 16, state.eval_every = 5, state.save_every = 10;
     state.seed = 0xfedcba9876543210u;
     state.counters = {{"skipped_steps", 2}, {"data_hash", -5}};
     state.options = {{"data", "a.jsonl\nb.jsonl"}, {"lambda", "0.1"}};
-    state.log_history = {R"({"epoch":0.1,"loss":1.25,"step":1})", R"({"epoch":0.2,"grad_norm":null,"loss":0.30000000000000004,"step":2})"};
+    state.log_history = {R"({"epoch":0.1,"loss":1.25,"step":1})",
+                         R"({"epoch":0.2,"grad_norm":null,"loss":0.30000000000000004,"step":2})"};
   }
   static Config config() { return parse_model_config(llama_json(), "config.json").config; }
   void fill(int64_t step) {
@@ -209,8 +213,11 @@ TEST_CASE("checkpoint: of another model") {
   Config wider = run.config();
   wider.intermediate = 18;
   const FilledWeights masters(wider, DType::f32, 1), first(wider, DType::f32, 1), second(wider, DType::f32, 1);
-  CHECK(holds(error_line<UserError>([&] { load_checkpoint(checkpoint, wider, {masters.weights, first.weights, second.weights}, *masters.backend); }),
-              "tensor 'first.layers.0.gate_up' [36, 12] fp32 has another shape or dtype; the checkpoint is of another model"));
+  CHECK(holds(
+      error_line<UserError>([&] {
+        load_checkpoint(checkpoint, wider, {masters.weights, first.weights, second.weights}, *masters.backend);
+      }),
+      "tensor 'first.layers.0.gate_up' [36, 12] fp32 has another shape or dtype; the checkpoint is of another model"));
 }
 
 TEST_CASE("checkpoint: what a killed run leaves half-done is swept") {
@@ -241,7 +248,8 @@ TEST_CASE("checkpoint: a save that fails leaves the older ones and no partial fo
   rlimit before;
   REQUIRE(getrlimit(RLIMIT_FSIZE, &before) == 0);
   const auto old_action = std::signal(SIGXFSZ, SIG_IGN);
-  for (const rlim_t limit : {rlim_t{10}, rlim_t{9000}, rlim_t{20000}}) {  // the config, the weights, the moments do not fit
+  for (const rlim_t limit :
+       {rlim_t{10}, rlim_t{9000}, rlim_t{20000}}) {  // the config, the weights, the moments do not fit
     CAPTURE(limit);
     const rlimit small{limit, before.rlim_max};
     setrlimit(RLIMIT_FSIZE, &small);
@@ -285,7 +293,8 @@ TEST_CASE("checkpoint: SIGKILL at any moment never loses the last whole one") {
     close(channel[1]);
     int64_t reported = last;
     const auto next_report = [&] { return read(channel[0], &reported, sizeof reported) == sizeof reported; };
-    // A save takes what this machine takes: some of that time after the second one, and in every fourth round before the first.
+    // A save takes what this machine takes: some of that time after the second one, and in every fourth round before
+    // the first.
     std::chrono::microseconds one_save(5000);
     if (round % 4 != 0) {
       REQUIRE(next_report());
@@ -318,7 +327,8 @@ TEST_CASE("checkpoint: SIGKILL at any moment never loses the last whole one") {
 }
 
 TEST_CASE("checkpoint: state files that are not what they should be") {
-  const std::string good = R"({"step": 1, "epoch": 0.5, "max_steps": 2, "epochs": 1, "batch_pairs": 1, "eval_every": 0, "save_every": 0, "seed": 7,
+  const std::string good =
+      R"({"step": 1, "epoch": 0.5, "max_steps": 2, "epochs": 1, "batch_pairs": 1, "eval_every": 0, "save_every": 0, "seed": 7,
                                "counters": {}, "options": []})";
   const std::string log = R"({"global_step": 1, "log_history": []})";
   CHECK(parse_training_state(good, log, "x").seed == 7);

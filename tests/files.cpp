@@ -27,15 +27,15 @@ std::vector<std::byte> pattern(size_t n) {
 TEST_CASE("files: checksums are XXH64") {
   // python-xxhash 4.1: xxh64(bytes((i * 7 + 3) & 255 for i in range(n)), seed=0)
   const std::vector<std::pair<size_t, uint64_t>> golden = {
-      {0, 0xef46db3751d8e999u}, {1, 0x1f25c8d0bc1f4bb6u}, {3, 0x31d2363f52e564c9u}, {4, 0x9bb64b7d66ee9fdau},
-      {7, 0x9a7b149959ce60d8u}, {8, 0xdab99d95c6f90092u}, {31, 0xa2aa5f33cc4a6119u}, {32, 0x23c3c17ef790fd97u},
-      {33, 0x50a7cfc7ba588784u}, {63, 0x5e3e54b431c7493cu}, {64, 0x0eb64b3ef6eeb01fu}, {100, 0xa61f8d4c170fe531u},
-      {1000, 0x5f235fa033f1a3fbu}
-  };
+      {0, 0xef46db3751d8e999u},   {1, 0x1f25c8d0bc1f4bb6u},  {3, 0x31d2363f52e564c9u},  {4, 0x9bb64b7d66ee9fdau},
+      {7, 0x9a7b149959ce60d8u},   {8, 0xdab99d95c6f90092u},  {31, 0xa2aa5f33cc4a6119u}, {32, 0x23c3c17ef790fd97u},
+      {33, 0x50a7cfc7ba588784u},  {63, 0x5e3e54b431c7493cu}, {64, 0x0eb64b3ef6eeb01fu}, {100, 0xa61f8d4c170fe531u},
+      {1000, 0x5f235fa033f1a3fbu}};
   for (const auto& [n, hash] : golden) {
     CAPTURE(n);
     CHECK(xxh64(pattern(n)) == hash);
-    for (const size_t piece : {size_t{1}, size_t{5}, size_t{31}, size_t{32}, size_t{40}}) {  // pieces of any size give the same
+    for (const size_t piece :
+         {size_t{1}, size_t{5}, size_t{31}, size_t{32}, size_t{40}}) {  // pieces of any size give the same
       Hasher hasher;
       const std::vector<std::byte> data = pattern(n);
       for (size_t at = 0; at < n; at += piece) hasher.add(std::span(data).subspan(at, std::min(piece, n - at)));
@@ -67,8 +67,10 @@ TEST_CASE("files: what the machine refuses names path and reason") {
   TemporaryFolder folder;
   const fs::path file = folder.path() / "file";
   write_file(file, "x");
-  CHECK(error_line<MachineError>([&] { write_file("/dev/full", "x"); }) == "/dev/full: cannot be written (No space left on device)");
-  CHECK(error_line<MachineError>([&] { write_file(file / "inside", "x"); }) == (file / "inside").string() + ": cannot be written (Not a directory)");
+  CHECK(error_line<MachineError>([&] { write_file("/dev/full", "x"); }) ==
+        "/dev/full: cannot be written (No space left on device)");
+  CHECK(error_line<MachineError>([&] { write_file(file / "inside", "x"); }) ==
+        (file / "inside").string() + ": cannot be written (Not a directory)");
   CHECK(holds(error_line<MachineError>([&] { make_folder(file); }), "cannot be made a folder"));
   CHECK(error_line<UserError>([&] { read_file(folder.path() / "absent"); }) ==
         (folder.path() / "absent").string() + ": cannot be read (No such file or directory)");

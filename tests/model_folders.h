@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -13,14 +14,20 @@
 #include "src/backend.h"
 #include "src/family.h"
 #include "src/files.h"
+#include "src/json.h"
 #include "src/model.h"
+#include "src/model_folder.h"
 #include "src/rng.h"
+#include "src/safetensors.h"
+#include "tests/temporary_folder.h"
 
 namespace orpo::test {
 
-// A config.json of 2 layers with biases, grouped queries and heads of odd count; `more` are further fields, each ending in a comma.
+// A config.json of 2 layers with biases, grouped queries and heads of odd count; `more` are further fields, each ending
+// in a comma.
 inline std::string llama_json(const std::string& more = "") {
-  return "{" + more + R"("architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 12,
+  return "{" + more +
+         R"("architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 12,
     "intermediate_size": 17, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6,
     "attention_bias": true, "mlp_bias": true, "max_position_embeddings": 64, "rms_norm_eps": 1e-05, "torch_dtype": "bfloat16"})";
 }
@@ -29,7 +36,9 @@ inline std::string llama_json(const std::string& more = "") {
 class FilledWeights {
  public:
   FilledWeights(const Config& config, DType dtype, uint32_t seed, int threads = 2)
-      : config(config), backend(make_cpu_backend(threads)), memory("weights", *backend, config.parameters() * dtype_bytes(dtype) + (1 << 14)),
+      : config(config),
+        backend(make_cpu_backend(threads)),
+        memory("weights", *backend, config.parameters() * dtype_bytes(dtype) + (1 << 14)),
         weights(Weights::allocate(config, dtype, memory)) {
     fill(seed);
   }
@@ -69,7 +78,8 @@ class FilledWeights {
 };
 
 // The one line that body() ends with.
-template <class Error> std::string error_line(const std::function<void()>& body) {
+template <class Error>
+std::string error_line(const std::function<void()>& body) {
   try {
     body();
   } catch (const Error& e) {
@@ -80,5 +90,56 @@ template <class Error> std::string error_line(const std::function<void()>& body)
 }
 
 inline bool holds(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+// A folder with such a model in it, and the errors of reading it back.
+struct TinyFolder {
+  explicit TinyFolder(DType dtype = DType::f32, const std::string& json = llama_json())
+      : description(parse_model_config(json, "config.json")), model(description.config, dtype, 1) {
+    write_file(folder.path() / "config.json", json);
+  }
+  void save(StoredDType dtype, int64_t shard_bytes = 1 << 30) {
+    save_weights(path(), model.config, model.weights, dtype, *model.backend, shard_bytes);
+  }
+  std::string load_error() {
+    return error_line<UserError>([&] { load_weights(path(), model.config, model.weights, *model.backend); });
+  }
+  const std::filesystem::path& path() const { return folder.path(); }
+  std::string file(const char* name = "model.safetensors") const { return (path() / name).string(); }
+
+  // Writes the folder's tensors again, as the function leaves them.
+  struct Item {
+    std::string name, dtype;
+    std::vector<int64_t> shape;
+    std::string data;
+  };
+  void rewrite(const std::function<void(std::vector<Item>&)>& change, const char* name = "model.safetensors") {
+    std::vector<Item> items;
+    {
+      const StoredWeights stored = StoredWeights::of_file(file(name));
+      for (const StoredTensor& t : stored.tensors())
+        items.push_back(
+            {t.name, t.dtype_text, t.shape, std::string(reinterpret_cast<const char*>(t.data.data()), t.data.size())});
+    }
+    change(items);
+    Json header;
+    std::string data;
+    for (const Item& i : items) {
+      header[i.name] = {
+          {"dtype", i.dtype}, {"shape", i.shape}, {"data_offsets", {data.size(), data.size() + i.data.size()}}};
+      data += i.data;
+    }
+    const std::string text = header.dump();
+    const uint64_t length = text.size();
+    write_file(file(name), std::string(reinterpret_cast<const char*>(&length), 8) + text + data);
+  }
+
+  TemporaryFolder folder;
+  ModelDescription description;
+  FilledWeights model;
+};
+
+inline TinyFolder::Item& item(std::vector<TinyFolder::Item>& items, const std::string& name) {
+  return *std::find_if(items.begin(), items.end(), [&](const auto& i) { return i.name == name; });
+}
 
 }  // namespace orpo::test

@@ -1,4 +1,4 @@
-// Safetensors files and model folders: round trips between dtypes and layouts, shards, and one telling line for each broken folder.
+// Safetensors: headers, dtypes, shards, and one telling line for each broken folder.
 #include "src/safetensors.h"
 
 #include <cmath>
@@ -30,58 +30,13 @@ std::string refusal(const std::string& text) {
 }
 std::string refusal(const std::string& header, size_t data_bytes) { return refusal(file_text(header, data_bytes)); }
 
-struct TinyFolder {
-  explicit TinyFolder(DType dtype = DType::f32, const std::string& json = llama_json())
-      : description(parse_model_config(json, "config.json")), model(description.config, dtype, 1) {
-    write_file(folder.path() / "config.json", json);
-  }
-  void save(StoredDType dtype, int64_t shard_bytes = 1 << 30) { save_weights(path(), model.config, model.weights, dtype, *model.backend, shard_bytes); }
-  std::string load_error() {
-    return error_line<UserError>([&] { load_weights(path(), model.config, model.weights, *model.backend); });
-  }
-  const fs::path& path() const { return folder.path(); }
-  std::string file(const char* name = "model.safetensors") const { return (path() / name).string(); }
-
-  // Writes the folder's tensors again, as the function leaves them.
-  struct Item {
-    std::string name, dtype;
-    std::vector<int64_t> shape;
-    std::string data;
-  };
-  void rewrite(const std::function<void(std::vector<Item>&)>& change, const char* name = "model.safetensors") {
-    std::vector<Item> items;
-    {
-      const StoredWeights stored = StoredWeights::of_file(file(name));
-      for (const StoredTensor& t : stored.tensors())
-        items.push_back({t.name, t.dtype_text, t.shape, std::string(reinterpret_cast<const char*>(t.data.data()), t.data.size())});
-    }
-    change(items);
-    Json header;
-    std::string data;
-    for (const Item& i : items) {
-      header[i.name] = {{"dtype", i.dtype}, {"shape", i.shape}, {"data_offsets", {data.size(), data.size() + i.data.size()}}};
-      data += i.data;
-    }
-    const std::string text = header.dump();
-    const uint64_t length = text.size();
-    write_file(file(name), std::string(reinterpret_cast<const char*>(&length), 8) + text + data);
-  }
-
-  TemporaryFolder folder;
-  ModelDescription description;
-  FilledWeights model;
-};
-
-TinyFolder::Item& item(std::vector<TinyFolder::Item>& items, const std::string& name) {
-  return *std::find_if(items.begin(), items.end(), [&](const auto& i) { return i.name == name; });
-}
-
 }  // namespace
 
 TEST_CASE("safetensors: a header is read with its dtypes, shapes and bytes") {
   const std::string text = file_text(
       R"({"__metadata__": {"format": "pt"}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [6, 14]}, "a": {"dtype": "BF16", "shape": [3, 1], "data_offsets": [0, 6]},
-          "empty": {"dtype": "I64", "shape": [0, 4], "data_offsets": [6, 6]}}   )", 14);
+          "empty": {"dtype": "I64", "shape": [0, 4], "data_offsets": [6, 6]}}   )",
+      14);
   const std::vector<StoredTensor> tensors = parse_safetensors(bytes_of(text), "x.safetensors");
   REQUIRE(tensors.size() == 3);
   CHECK(tensors[0].name == "a");
@@ -97,37 +52,64 @@ TEST_CASE("safetensors: a header is read with its dtypes, shapes and bytes") {
 
 TEST_CASE("safetensors: a header that does not fit its file") {
   CHECK(refusal("1234567") == "x.safetensors: 7 bytes are no safetensors file; fetch it again");
-  CHECK(refusal(std::string(8, '\xff') + "{}") == "x.safetensors: is no safetensors file (a header of 18446744073709551615 bytes)");
-  CHECK(refusal(file_text("{}", 0).substr(0, 9)) == "x.safetensors: its header of 2 bytes does not fit the 9 bytes of the file: it is truncated; fetch it again");
+  CHECK(refusal(std::string(8, '\xff') + "{}") ==
+        "x.safetensors: is no safetensors file (a header of 18446744073709551615 bytes)");
+  CHECK(refusal(file_text("{}", 0).substr(0, 9)) ==
+        "x.safetensors: its header of 2 bytes does not fit the 9 bytes of the file: it is truncated; fetch it again");
   CHECK(refusal("[]", 0) == "x.safetensors: its header is no JSON object");
   CHECK(holds(refusal("{\"a\"", 0), "x.safetensors (header): is not valid JSON"));
   const auto entry = [](const std::string& fields) { return "{\"a\": {" + fields + "}}"; };
-  CHECK(refusal(entry(R"("dtype": "F32", "shape": [1])"), 4) == "x.safetensors: tensor 'a' lacks its dtype, shape or data_offsets");
+  CHECK(refusal(entry(R"("dtype": "F32", "shape": [1])"), 4) ==
+        "x.safetensors: tensor 'a' lacks its dtype, shape or data_offsets");
   CHECK(refusal(entry(R"("dtype": "F33", "shape": [1], "data_offsets": [0, 4])"), 4) ==
         "x.safetensors: tensor 'a' has the dtype \"F33\", which is none of the format's");
   CHECK(refusal(entry(R"("dtype": "F32", "shape": [2], "data_offsets": [0, 8])"), 4) ==
         "x.safetensors: tensor 'a' ends at byte 8 of the data, but the file holds 4: it is truncated; fetch it again");
   CHECK(refusal(entry(R"("dtype": "F32", "shape": [2], "data_offsets": [0, 4])"), 4) ==
         "x.safetensors: tensor 'a' of shape [2] F32 takes 8 bytes, but its data_offsets hold 4");
-  CHECK(holds(refusal(entry(R"("dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 4])"), 4), "takes far too many bytes"));
+  CHECK(holds(refusal(entry(R"("dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 4])"), 4),
+              "takes far too many bytes"));
   CHECK(holds(refusal(entry(R"("dtype": "F32", "shape": [-1], "data_offsets": [0, 4])"), 4), "has -1 in its shape"));
   CHECK(holds(refusal(entry(R"("dtype": "F32", "shape": [1], "data_offsets": [4, 0])"), 4), "before it begins"));
-  CHECK(holds(refusal(entry(R"("dtype": "F32", "shape": [1], "data_offsets": [0, 18446744073709551615])"), 4), "not two byte counts"));
+  CHECK(holds(refusal(entry(R"("dtype": "F32", "shape": [1], "data_offsets": [0, 18446744073709551615])"), 4),
+              "not two byte counts"));
   const auto pair = [](const std::string& a, const std::string& b) {
-    return R"({"a": {"dtype": "U8", "shape": [2], "data_offsets": )" + a + R"(}, "b": {"dtype": "U8", "shape": [2], "data_offsets": )" + b + "}}";
+    return R"({"a": {"dtype": "U8", "shape": [2], "data_offsets": )" + a +
+           R"(}, "b": {"dtype": "U8", "shape": [2], "data_offsets": )" + b + "}}";
   };
-  CHECK(refusal(pair("[0, 2]", "[1, 3]"), 3) == "x.safetensors: tensor 'b' begins at byte 1 of the data, inside the tensor before it, which ends at 2");
-  CHECK(refusal(pair("[0, 2]", "[3, 5]"), 5) == "x.safetensors: tensor 'b' begins at byte 3 of the data, after a gap that starts at 2");
-  CHECK(refusal(pair("[0, 2]", "[2, 4]"), 6) == "x.safetensors: 2 bytes follow its last tensor; it is not what its header says");
-  CHECK(holds(refusal(R"({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})", 0),
-              "the key 'a' is given twice"));
+  CHECK(refusal(pair("[0, 2]", "[1, 3]"), 3) ==
+        "x.safetensors: tensor 'b' begins at byte 1 of the data, inside the tensor before it, which ends at 2");
+  CHECK(refusal(pair("[0, 2]", "[3, 5]"), 5) ==
+        "x.safetensors: tensor 'b' begins at byte 3 of the data, after a gap that starts at 2");
+  CHECK(refusal(pair("[0, 2]", "[2, 4]"), 6) ==
+        "x.safetensors: 2 bytes follow its last tensor; it is not what its header says");
+  CHECK(holds(
+      refusal(
+          R"({"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})",
+          0),
+      "the key 'a' is given twice"));
 }
 
 TEST_CASE("safetensors: half precision is IEEE's, to nearest even") {
-  for (const auto& [value, bits] : std::vector<std::pair<float, uint16_t>>{
-           {0.f, 0}, {-0.f, 0x8000}, {1.f, 0x3c00}, {-2.f, 0xc000}, {65504.f, 0x7bff}, {65519.f, 0x7bff}, {65520.f, 0x7c00}, {0x1p-14f, 0x0400},
-           {0x1p-24f, 0x0001}, {0x1p-25f, 0x0000}, {0x1.8p-25f, 0x0001}, {0x1.ff8p-15f, 0x03ff}, {0x1.ffcp-15f, 0x0400}, {1 + 0x1p-11f, 0x3c00},
-           {1 + 0x3p-11f, 0x3c02}, {INFINITY, 0x7c00}, {-INFINITY, 0xfc00}, {0.1f, 0x2e66}, {1e-9f, 0}}) {
+  for (const auto& [value, bits] : std::vector<std::pair<float, uint16_t>>{{0.f, 0},
+                                                                           {-0.f, 0x8000},
+                                                                           {1.f, 0x3c00},
+                                                                           {-2.f, 0xc000},
+                                                                           {65504.f, 0x7bff},
+                                                                           {65519.f, 0x7bff},
+                                                                           {65520.f, 0x7c00},
+                                                                           {0x1p-14f, 0x0400},
+                                                                           {0x1p-24f, 0x0001},
+                                                                           {0x1p-25f, 0x0000},
+                                                                           {0x1.8p-25f, 0x0001},
+                                                                           {0x1.ff8p-15f, 0x03ff},
+                                                                           {0x1.ffcp-15f, 0x0400},
+                                                                           {1 + 0x1p-11f, 0x3c00},
+                                                                           {1 + 0x3p-11f, 0x3c02},
+                                                                           {INFINITY, 0x7c00},
+                                                                           {-INFINITY, 0xfc00},
+                                                                           {0.1f, 0x2e66},
+                                                                           {1e-9f, 0}}) {
     CAPTURE(value);
     CHECK(f16(value).bits == bits);
   }
@@ -136,7 +118,8 @@ TEST_CASE("safetensors: half precision is IEEE's, to nearest even") {
     half.bits = static_cast<uint16_t>(bits);
     const float value = half;
     const bool is_nan = (bits & 0x7fff) > 0x7c00;
-    if (std::isnan(value) != is_nan || (!is_nan && f16(value).bits != bits)) FAIL("half " << bits << " becomes " << value);
+    if (std::isnan(value) != is_nan || (!is_nan && f16(value).bits != bits))
+      FAIL("half " << bits << " becomes " << value);
   }
   CHECK(std::isnan(static_cast<float>(f16(NAN))));
 }
@@ -156,7 +139,8 @@ TEST_CASE("safetensors: weights come back as they went, rounded once") {
         REQUIRE(folder.model.bytes() != before);
         CHECK(load_weights(folder.path(), folder.model.config, folder.model.weights, *folder.model.backend) == stored);
         CHECK(stored_dtype(folder.path(), folder.description) == stored);
-        const bool exact = device != DType::f64 && (stored == StoredDType::f32 || (device == DType::bf16 && stored == StoredDType::bf16));
+        const bool exact = device != DType::f64 &&
+                           (stored == StoredDType::f32 || (device == DType::bf16 && stored == StoredDType::bf16));
         if (exact) CHECK(folder.model.bytes() == before);
         const std::string once = folder.model.bytes();
         folder.save(stored, shard_bytes);  // what was rounded once is not rounded again
@@ -214,7 +198,8 @@ TEST_CASE("safetensors: our fused tensors hold Hugging Face's parts along out") 
   CHECK(same("post_attention_layernorm.weight", layer.mlp_norm));
   CHECK(stored.find("lm_head.weight")->shape == std::vector<int64_t>{37, 12});
   CHECK(stored.find("model.embed_tokens.weight")->data.size() == 37 * 12 * 4);
-  CHECK(reinterpret_cast<uintptr_t>(parse_safetensors(MappedFile(folder.file()).bytes(), "x")[0].data.data()) % 64 == 0);
+  CHECK(reinterpret_cast<uintptr_t>(parse_safetensors(MappedFile(folder.file()).bytes(), "x")[0].data.data()) % 64 ==
+        0);
 }
 
 TEST_CASE("safetensors: five broken model folders, one telling line each") {
@@ -224,23 +209,32 @@ TEST_CASE("safetensors: five broken model folders, one telling line each") {
 
   SUBCASE("truncated") {
     fs::resize_file(file, fs::file_size(file) - 100);
-    CHECK(folder.load_error() == file + ": tensor 'lm_head.weight' ends at byte 7000 of the data, but the file holds 6900: it is truncated; fetch it again");
+    CHECK(folder.load_error() == file +
+                                     ": tensor 'lm_head.weight' ends at byte 7000 of the data, but the file holds "
+                                     "6900: it is truncated; fetch it again");
     fs::resize_file(file, 100);
     CHECK(holds(folder.load_error(), "it is truncated; fetch it again"));
   }
   SUBCASE("wrong shape") {
     folder.rewrite([&](auto& items) { item(items, layer + "mlp.up_proj.weight").shape = {12, 17}; });
-    CHECK(folder.load_error() == file + ": tensor 'model.layers.1.mlp.up_proj.weight' has shape [12,17]; config.json asks for [17,12]");
+    CHECK(folder.load_error() ==
+          file + ": tensor 'model.layers.1.mlp.up_proj.weight' has shape [12,17]; config.json asks for [17,12]");
   }
   SUBCASE("missing tensors") {
-    folder.rewrite([&](auto& items) { std::erase_if(items, [&](const auto& i) { return i.name.starts_with(layer + "mlp."); }); });
-    CHECK(folder.load_error() == place + ": tensor 'model.layers.1.mlp.gate_proj.weight' [17,12] is missing (and 5 more tensors); "
-                                         "config.json describes 2 layers of the llama family");
+    folder.rewrite(
+        [&](auto& items) { std::erase_if(items, [&](const auto& i) { return i.name.starts_with(layer + "mlp."); }); });
+    CHECK(folder.load_error() ==
+          place +
+              ": tensor 'model.layers.1.mlp.gate_proj.weight' [17,12] is missing (and 5 more tensors); "
+              "config.json describes 2 layers of the llama family");
   }
   SUBCASE("unknown architecture") {
-    write_file(folder.path() / "config.json", R"({"architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": 37})");
+    write_file(folder.path() / "config.json",
+               R"({"architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": 37})");
     CHECK(error_line<UserError>([&] { read_model_config(folder.path()); }) ==
-          place + "/config.json: architecture \"MambaForCausalLM\" (model_type \"mamba\") is not supported; this trainer knows LlamaForCausalLM (model_type llama)");
+          place +
+              "/config.json: architecture \"MambaForCausalLM\" (model_type \"mamba\") is not supported; this trainer "
+              "knows LlamaForCausalLM (model_type llama)");
   }
   SUBCASE("wrong dtype") {
     folder.rewrite([&](auto& items) {
@@ -261,8 +255,10 @@ TEST_CASE("safetensors: tensors without a place") {
     items.push_back({"model.layers.2.x", "F32", {1}, "1234"});
     items.push_back({"model.layers.3.x", "F32", {1}, "1234"});
   });
-  CHECK(folder.load_error() == folder.file() + ": tensor 'model.layers.2.x' [1] has no place in the model of config.json (2 layers of the llama family) "
-                                               "(and 1 more unexpected tensors)");
+  CHECK(folder.load_error() ==
+        folder.file() +
+            ": tensor 'model.layers.2.x' [1] has no place in the model of config.json (2 layers of the llama family) "
+            "(and 1 more unexpected tensors)");
 }
 
 TEST_CASE("safetensors: a tied output may be stored if it is the embedding") {
@@ -279,7 +275,8 @@ TEST_CASE("safetensors: a tied output may be stored if it is the embedding") {
   load_weights(folder.path(), folder.model.config, folder.model.weights, *folder.model.backend);
   CHECK(folder.model.bytes() == before);
   folder.rewrite([](auto& items) { item(items, "lm_head.weight").data[5] ^= 1; });
-  CHECK(holds(folder.load_error(), "'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says that they are one"));
+  CHECK(holds(folder.load_error(),
+              "'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says that they are one"));
 }
 
 TEST_CASE("safetensors: a sharded folder agrees with its index") {
@@ -296,15 +293,26 @@ TEST_CASE("safetensors: a sharded folder agrees with its index") {
     CHECK(holds(folder.load_error(), last + ": this shard is missing; model.safetensors.index.json puts"));
   }
   SUBCASE("tensor in two shards") {
-    folder.rewrite([](auto& items) { items.push_back({"model.embed_tokens.weight", "F32", {1}, "1234"}); }, "model-00003-of-00003.safetensors");
+    folder.rewrite(
+        [](auto& items) {
+          items.push_back({"model.embed_tokens.weight", "F32", {1}, "1234"});
+        },
+        "model-00003-of-00003.safetensors");
     CHECK(holds(folder.load_error(), "tensor 'model.embed_tokens.weight' stands in model-0000"));
   }
   SUBCASE("tensor not where the index says") {
-    folder.rewrite([](auto& items) { std::erase_if(items, [](const auto& i) { return i.name == "model.norm.weight"; }); }, "model-00003-of-00003.safetensors");
-    CHECK(folder.load_error() == last + ": tensor 'model.norm.weight' is missing; model.safetensors.index.json says that it is here");
+    folder.rewrite(
+        [](auto& items) { std::erase_if(items, [](const auto& i) { return i.name == "model.norm.weight"; }); },
+        "model-00003-of-00003.safetensors");
+    CHECK(folder.load_error() ==
+          last + ": tensor 'model.norm.weight' is missing; model.safetensors.index.json says that it is here");
   }
   SUBCASE("tensor that the index does not know") {
-    folder.rewrite([](auto& items) { items.push_back({"extra", "F32", {1}, "1234"}); }, "model-00003-of-00003.safetensors");
+    folder.rewrite(
+        [](auto& items) {
+          items.push_back({"extra", "F32", {1}, "1234"});
+        },
+        "model-00003-of-00003.safetensors");
     CHECK(folder.load_error() == last + ": tensor 'extra' is not in model.safetensors.index.json");
   }
   SUBCASE("an index that leaves the folder") {
@@ -315,67 +323,9 @@ TEST_CASE("safetensors: a sharded folder agrees with its index") {
 
 TEST_CASE("safetensors: a folder without weights says what it has") {
   TinyFolder folder;
-  CHECK(folder.load_error() == folder.path().string() + ": holds no model.safetensors and no model.safetensors.index.json");
+  CHECK(folder.load_error() ==
+        folder.path().string() + ": holds no model.safetensors and no model.safetensors.index.json");
   CHECK(stored_dtype(folder.path(), folder.description) == StoredDType::bf16);  // as config.json says
   write_file(folder.path() / "pytorch_model.bin", "x");
   CHECK(holds(folder.load_error(), "its pytorch_model.bin has to be converted first"));
-}
-
-TEST_CASE("safetensors: values that fp16 cannot hold are not saved as infinity") {
-  TinyFolder folder;
-  folder.model.set(folder.model.weights.final_norm, std::vector<float>(12, 70000.f));
-  CHECK(error_line<UserError>([&] { folder.save(StoredDType::f16); }) ==
-        "tensor 'model.norm.weight' holds 70000, and fp16 ends at 65504; save with --save-dtype bf16 or fp32");
-  CHECK_NOTHROW(folder.save(StoredDType::bf16));
-}
-
-TEST_CASE("safetensors: gradients are one fp32 file with Hugging Face's names") {
-  TinyFolder folder;
-  const fs::path file = folder.path() / "gradients.safetensors";
-  save_gradients(file, folder.model.config, folder.model.weights, *folder.model.backend);
-  const StoredWeights stored = StoredWeights::of_file(file);
-  CHECK(stored.tensors().size() == tensor_places(folder.model.config).size());
-  for (const StoredTensor& t : stored.tensors()) CHECK(t.dtype == StoredDType::f32);
-  CHECK(std::distance(fs::directory_iterator(folder.path()), {}) == 2);  // config.json and the file
-}
-
-TEST_CASE("safetensors: a saved model folder has everything its source had, and replaces an older one") {
-  TinyFolder source;
-  source.save(StoredDType::bf16);
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "tokenizer.model", "vocab.json"})
-    write_file(source.path() / name, std::string("content of ") + name);
-  make_folder(source.path() / "additional_chat_templates");
-  write_file(source.path() / "additional_chat_templates/tool_use.jinja", "x");
-  for (const char* name : {"README.md", "optimizer.pt", ".hidden.model"}) write_file(source.path() / name, "not the model's");
-
-  TemporaryFolder out;
-  write_file(out.path() / "model-00001-of-00002.safetensors", "of an older run");
-  write_file(out.path() / "model.safetensors.index.json", "of an older run");
-  write_file(out.path() / "metrics.jsonl", "of this run");
-  save_model(out.path(), {source.path(), source.description, StoredDType::f32}, source.model.weights, *source.model.backend);
-
-  std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(out.path())) names.push_back(entry.path().filename());
-  std::sort(names.begin(), names.end());
-  CHECK(names == std::vector<std::string>{"additional_chat_templates", "chat_template.jinja", "config.json", "generation_config.json", "metrics.jsonl",
-                                          "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"});
-  CHECK(read_file(out.path() / "tokenizer.model") == "content of tokenizer.model");
-  CHECK(read_file(out.path() / "additional_chat_templates/tool_use.jinja") == "x");
-  CHECK(read_model_config(out.path()).dtype == StoredDType::f32);
-  const std::string before = source.model.bytes();
-  source.model.fill(9);
-  CHECK(load_weights(out.path(), source.model.config, source.model.weights, *source.model.backend) == StoredDType::f32);
-  CHECK(source.model.bytes() == before);
-}
-
-TEST_CASE("safetensors: a save that fails leaves the folder as it was") {
-  TinyFolder source;
-  TemporaryFolder out;
-  const ModelSource from{source.path(), source.description, StoredDType::bf16};
-  save_model(out.path(), from, source.model.weights, *source.model.backend);
-  const std::string before = read_file(out.path() / "model.safetensors");
-  source.model.set(source.model.weights.final_norm, std::vector<float>(12, 70000.f));
-  CHECK_THROWS_AS(save_model(out.path(), {source.path(), source.description, StoredDType::f16}, source.model.weights, *source.model.backend), UserError);
-  CHECK(read_file(out.path() / "model.safetensors") == before);
-  CHECK(std::distance(fs::directory_iterator(out.path()), {}) == 2);
 }

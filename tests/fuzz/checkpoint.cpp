@@ -1,4 +1,5 @@
-// Any bytes in a checkpoint's own files are either a state or an error for the user. The input is cut in two at its first zero byte.
+// Any bytes in a checkpoint's own files are either a state or an error for the user. The input is cut in two at its
+// first zero byte.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +18,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const TrainingState state = parse_training_state(text.substr(0, cut), text.substr(std::min(cut + 1, size)), "fuzz");
     const TrainingState again = parse_training_state(trainer_json(state), trainer_state_json(state), "fuzz");
-    if (again.step != state.step || again.seed != state.seed || again.options != state.options || again.log_history != state.log_history) std::abort();
+    if (again.step != state.step || again.seed != state.seed || again.options != state.options ||
+        again.log_history != state.log_history)
+      std::abort();
   } catch (const UserError&) {
   }
   try {
