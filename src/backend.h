@@ -67,8 +67,9 @@ struct Backend {
 
   // embedding: out[rows, width] T = weight[vocab, width] T at tokens[rows] int32.
   virtual void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) = 0;
-  // dweight[vocab, width] A += dout[rows, width] T, rows of equal tokens added in row order.
-  virtual void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens) = 0;
+  // dweight[vocab, width] A += dout[rows, width] T, rows of equal tokens added in row order; those of the token
+  // `padding` (-1: none) add nothing.
+  virtual void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) = 0;
 
   // linear: out[rows, n] T or A = in[rows, k] T . weight[n, k]^T T + bias[n] T (bias may be absent).
   virtual void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) = 0;

@@ -88,7 +88,7 @@ const std::set<std::string>& harmless_fields() {
       "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_commit_hash",
       "_flash_attn_2_enabled", "unsloth_fixed", "unsloth_version",
       // special tokens
-      "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+      "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
       "tokenizer_class", "prefix",
       // generation, as older files hold it
       "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
@@ -168,6 +168,17 @@ StoredDType weights_dtype(Fields& f) {
 constexpr int64_t most_vocab = 1 << 24, most_width = 1 << 20, most_layers = 1 << 12, most_heads = 1 << 14,
                   most_head_dim = 1 << 12, most_parameters = int64_t{1} << 44;
 
+// transformers gives the token's input embedding no gradient, also where it is the end of sequence as well; there as
+// here -1 is the last token.
+int64_t padding_token(Fields& f, int64_t vocab) {
+  const Json& value = f.take("pad_token_id");
+  if (value.is_null()) return -1;
+  if (!value.is_number_integer() || value.get<int64_t>() < -vocab || value.get<int64_t>() >= vocab)
+    f.refuse("pad_token_id", " is no token of ", vocab);
+  const int64_t id = value.get<int64_t>();
+  return id < 0 ? id + vocab : id;
+}
+
 // What every decoder's config.json says in the same words: sizes, embeddings, precision.
 void read_common(Fields& f, ModelDescription& m) {
   Config& c = m.config;
@@ -185,6 +196,7 @@ void read_common(Fields& f, ModelDescription& m) {
     f.refuse("hidden_size", " gives heads of ", c.head_dim, " entries; the most is ", most_head_dim);
   c.max_positions = f.count("max_position_embeddings", int64_t{1} << 30, 2048);
   c.initializer_range = f.positive("initializer_range", 0.02);
+  c.padding_token = padding_token(f, c.vocab);
   m.dtype = weights_dtype(f);
 
   f.only("is_encoder_decoder", {false});

@@ -189,7 +189,7 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
 
   backend.begin(-1, Pass::backward);
   // 1.
-  backend.embedding_backward(g.embedding, dresidual, batch.tokens);
+  backend.embedding_backward(g.embedding, dresidual, batch.tokens, c.padding_token);
   backend.end(-1, Pass::backward);
 }
 

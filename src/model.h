@@ -27,6 +27,7 @@ struct Config {
   double norm_epsilon = 1e-6; // rms_norm_eps
   double rope_theta = 10000;
   double initializer_range = 0.02;
+  int64_t padding_token = -1;  // pad_token_id: its input embedding gets no gradient (torch's padding_idx); -1: none
   bool tied_embeddings = false;
   bool attention_bias = false;  // on query, key, value and attention output
   bool mlp_bias = false;        // on gate, up and down

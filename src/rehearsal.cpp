@@ -20,7 +20,7 @@ struct RehearsalBackend final : Backend {
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
     shapes::embedding("embedding_forward", out, weight, out.dtype, tokens);
   }
-  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens) override {
+  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t) override {
     shapes::embedding("embedding_backward", dout, dweight, accumulation_dtype(dout.dtype), tokens);
   }
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {

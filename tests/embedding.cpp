@@ -5,7 +5,7 @@ using namespace orpo::test;
 
 namespace {
 
-constexpr int64_t rows = 97, vocab = 123, width = 37;
+constexpr int64_t rows = 97, vocab = 123, width = 37, padding = 0;  // token 0 occurs, and gives no gradient
 
 // Few tokens come often, so that rows of equal tokens must be added.
 Values tokens() {
@@ -16,7 +16,7 @@ Values tokens() {
 
 }  // namespace
 
-TEST_CASE("embedding: forward copies rows, backward adds them in order") {
+TEST_CASE("embedding: forward copies rows, backward adds them in order, the padding token's not") {
   each_device([](Backend& backend, DType dtype) {
     const Values table = rounded(random_values(vocab * width, 1), dtype),
                  dout = rounded(random_values(rows * width, 2), dtype), ids = tokens();
@@ -31,10 +31,10 @@ TEST_CASE("embedding: forward copies rows, backward adds them in order") {
     const DType sums = accumulation_dtype(dtype);
     const Values before = rounded(random_values(vocab * width, 4), sums);
     DeviceTensor dweight(backend, sums, {vocab, width}, before), gradient(backend, dtype, {rows, width}, dout);
-    backend.embedding_backward(dweight, gradient, token);
+    backend.embedding_backward(dweight, gradient, token, padding);
     Values added = before;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < width; ++i) {
+      for (int64_t i = 0; i < width && int64_t(ids[r]) != padding; ++i) {
         double& to = added[static_cast<size_t>(int64_t(ids[r]) * width + i)];
         to = rounded(to + dout[r * width + i], sums);
       }
@@ -50,9 +50,9 @@ TEST_CASE("embedding: refuses tokens and shapes it cannot look up") {
         three(backend, DType::i32, {3});
     DeviceTensor high(backend, DType::i32, {2}, Values{0, vocab}), low(backend, DType::i32, {2}, Values{0, -1});
     check_refuses([&] { backend.embedding_forward(out, weight, high); }, "embedding_forward", "token 1 is 123 of 123");
-    check_refuses([&] { backend.embedding_backward(dweight, out, low); }, "embedding_backward", "token 1 is -1");
+    check_refuses([&] { backend.embedding_backward(dweight, out, low, -1); }, "embedding_backward", "token 1 is -1");
     check_refuses([&] { backend.embedding_forward(narrow, weight, good); }, "embedding_forward", "[123, 36]");
     check_refuses([&] { backend.embedding_forward(out, weight, three); }, "embedding_forward", "[3] int32");
-    check_refuses([&] { backend.embedding_backward(weight, narrow, good); }, "embedding_backward", "table");
+    check_refuses([&] { backend.embedding_backward(weight, narrow, good, -1); }, "embedding_backward", "table");
   });
 }

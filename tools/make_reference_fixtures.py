@@ -37,7 +37,8 @@ MODELS = {
     "grouped": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 52,
                 "rope_theta": 10000.0, "tie_word_embeddings": False},
     "odd": {"hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6,
-            "intermediate_size": 27, "rope_theta": 500000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+            "intermediate_size": 27, "rope_theta": 500000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+            "pad_token_id": 34},  # occurs in the rows: torch gives a padding token's embedding no gradient as input
     "biased": {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 37,
                "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
 }

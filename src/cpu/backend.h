@@ -22,7 +22,7 @@ class CpuBackend final : public Backend {
   void synchronize() override {}
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override;
-  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens) override;
+  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) override;
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override;
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                        const Tensor& in, const Tensor& weight) override;

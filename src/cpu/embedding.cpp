@@ -13,12 +13,12 @@ void CpuBackend::embedding_forward(const Tensor& out, const Tensor& weight, cons
   copy_rows(out, weight, tokens);
 }
 
-void CpuBackend::embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens) {
+void CpuBackend::embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) {
   shapes::embedding("embedding_backward", dout, dweight, accumulation_dtype(dout.dtype), tokens);
   require_below("embedding_backward", "token", tokens, dweight.rows());
   with_dtype("embedding_backward", dout.dtype, [&](auto zero) {
     using T = decltype(zero);
-    add_rows<Accumulator<T>, T>(dweight, dout, tokens);
+    add_rows<Accumulator<T>, T>(dweight, dout, tokens, padding);
   });
 }
 
