@@ -189,9 +189,9 @@ void check_together(Program program, const Options& o) {
     if (o.model.empty() && !o.data.empty())
       fail("--model: which model? Give a Hugging Face folder, or neither --model nor --data for the demonstration");
     if (!o.model.empty() && o.data.empty() && !o.plan) fail("--data: which rows? Give JSON Lines files");
-    if (o.model.empty() && o.plan) fail("--plan: needs --model (a folder with a config.json)");
     if (o.model.empty() && o.init == Init::random) fail("--init: random needs --model (a folder with a config.json)");
   }
+  if (o.model.empty() && o.plan) fail("--plan: needs --model (a folder with a config.json)");
   if (o.overwrite && !o.resume.empty())
     fail("--resume: goes on with the run that --overwrite would replace; give one of them");
   if (!o.save_gradients.empty() && !o.resume.empty())

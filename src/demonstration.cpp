@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,8 +23,8 @@ namespace {
 namespace fs = std::filesystem;
 
 // The acts' settings. Options given on the command line win in act two.
-constexpr int64_t base_steps = 300, preference_steps = 200, batch_pairs = 16;
-constexpr double base_learning_rate = 1e-3, preference_learning_rate = 1e-4;
+constexpr int64_t base_steps = 600, preference_steps = 200, batch_pairs = 16;
+constexpr double base_learning_rate = 1e-3, preference_learning_rate = 2e-4;
 constexpr int64_t answer_tokens = 40;
 constexpr const char* default_output = "out/demonstration";
 constexpr const char* marker = "demonstration.txt";  // says that a folder is the demonstration's own
@@ -85,7 +86,9 @@ Impression impression(Options options, const fs::path& model, const std::vector<
   const auto set = load_rows(options, options.eval_data, description.config, "held-out pairs");
   LoadedModel loaded(options, description, *set);
   Impression result;
-  result.sums = evaluate(loaded.model(), *set, loaded.micro_tokens()).value_or(PairSums{});
+  const std::optional<PairSums> sums = evaluate(loaded.model(), *set, loaded.micro_tokens());
+  if (!sums) fail_machine("stopped before the comparison; both models are in ", options.output);
+  result.sums = *sums;
   for (const int64_t row : asked) {
     const std::vector<int32_t> ids =
         decode_greedily(loaded.model(), (*set)[row].trunk, tokenizer->end_of_sequence.value_or(-1), answer_tokens);

@@ -83,7 +83,11 @@ Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
 // checkpoint starts again.
 void Run::open_checkpoint(const Options& given) {
   if (given.resume != "newest") {
-    checkpoint_ = orpo::open_checkpoint(given.resume);
+    const fs::path folder = fs::weakly_canonical(given.resume);
+    if (!given.given.count("output")) options_.output = folder.parent_path().string();
+    if (fs::weakly_canonical(options_.output) != folder.parent_path() && !remains_of_a_run(options_.output).empty())
+      fail("--output: ", options_.output, " holds another run than ", given.resume, "; name another folder");
+    checkpoint_ = orpo::open_checkpoint(folder);
   } else if (fs::is_directory(given.output)) {
     lock_.emplace(given.output);
     checkpoint_ = find_resumable(given.output, [](const std::string& line) { console().say(line); });

@@ -66,6 +66,20 @@ TEST_CASE("a resumed run is the straight run, bit for bit") {
   }
 }
 
+TEST_CASE("a checkpoint named by its folder goes on in the run's own folder, or in an empty one") {
+  const Workplace work, other;
+  REQUIRE(work.train({"--max-steps", "2", "--save-every", "1", "--dtype", "fp32"}).status == 0);
+  const std::string checkpoint = work.out / "checkpoint-1";
+  Outcome outcome = run("orpo_train", {"--resume", checkpoint, "--max-steps", "3"}, work.folder.path());
+  CHECK_MESSAGE(outcome.status == 0, outcome.err);
+  CHECK(metrics_of(work.out).size() == 3);
+  REQUIRE(other.train({"--max-steps", "1", "--dtype", "fp32"}).status == 0);
+  outcome = run("orpo_train", {"--resume", checkpoint, "--output", other.out}, work.folder.path());
+  CHECK(outcome.status == 2);
+  CHECK(outcome.last_error_line().find("holds another run than") != std::string::npos);
+  CHECK(metrics_of(other.out).size() == 1);
+}
+
 TEST_CASE("what a resumed run must share cannot be changed, what it may is taken") {
   const Workplace work;
   REQUIRE(work.train({"--max-steps", "2", "--save-every", "1", "--dtype", "fp32"}).status == 0);
