@@ -13,7 +13,8 @@ flags.release  := -O3 -g1
 flags.debug    := -O0 -g -D_GLIBCXX_ASSERTIONS
 flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
 CPPFLAGS += -I. -MMD -MP
-CXXFLAGS += -std=c++20 -Wall -Wextra -fno-math-errno -fopenmp -march=$(ARCH) $(flags.$(BUILD))
+# -Wno-restrict: g++ 12 warns of its own std::string (GCC bug 105651).
+CXXFLAGS += -std=c++20 -Wall -Wextra -Wno-restrict -fno-math-errno -fopenmp -march=$(ARCH) $(flags.$(BUILD))
 LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
 LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp
 
