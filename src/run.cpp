@@ -60,6 +60,9 @@ Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
     fail("--output: ", given.output,
          " holds a run; go on with it by --resume, replace it by --overwrite, or name another folder");
 
+  if (std::error_code none; writes && fs::equivalent(options_.model, options_.output, none))
+    fail("--output: ", options_.output, " is the --model folder itself; name another, so that the model you have stays");
+
   source_.folder = options_.model;
   source_.description = read_model_config(options_.model);
   for (const std::string& note : source_.description.notes) console().say("model: ", note);

@@ -181,6 +181,17 @@ TEST_CASE("a folder that holds a run is kept unless told otherwise") {
   CHECK(fs::exists(work.out / "notes.txt"));
 }
 
+TEST_CASE("the model a run starts from is never its output") {
+  const Workplace work;
+  fs::copy(tiny_model_folder, work.out);
+  const std::string before = text_of(work.out / "model.safetensors");
+  const Outcome outcome = run("orpo_train", {"--model", work.out, "--data", work.rows, "--output", work.out, "--overwrite"},
+                              work.folder.path());
+  CHECK(outcome.status == 2);
+  CHECK(outcome.last_error_line().find("is the --model folder itself") != std::string::npos);
+  CHECK(text_of(work.out / "model.safetensors") == before);
+}
+
 TEST_CASE("--save-gradients writes gradients and nothing else") {
   const Workplace work;
   const fs::path file = work.folder.path() / "gradients.safetensors";
