@@ -83,7 +83,7 @@ Impression impression(Options options, const fs::path& model, const std::vector<
   const ModelDescription description = read_model_config(model);
   resolve_lengths(options, description.config);
   const auto tokenizer = Tokenizer::load(model);
-  const auto set = load_rows(options, options.eval_data, description.config, "held-out pairs");
+  const auto set = load_rows(options, options.eval_data, description.config, nullptr);
   LoadedModel loaded(options, description, *set);
   Impression result;
   const std::optional<PairSums> sums = evaluate(loaded.model(), *set, loaded.micro_tokens());

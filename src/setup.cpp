@@ -79,6 +79,7 @@ std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std
     fail(e.what(), without);
   }
 
+  if (!what) return set;
   const DataReport& r = set->report();
   console().say(what, ": ", r.kept, " of ", r.rows, " rows",
                 r.dropped ? concat(", ", r.dropped, " dropped by --max-length ", options.max_length) : "",

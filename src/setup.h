@@ -29,7 +29,7 @@ std::string loss_text(const Options& options);
 void resolve_lengths(Options& options, const Config& config);
 
 // The rows of the files as the model's tokenizer and template read them (none are needed for pre-tokenised rows).
-// resolve_lengths() first. What became of the rows is said on stderr, `what` in front.
+// resolve_lengths() first. What became of the rows is said on stderr, `what` in front; null: nothing is said.
 std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std::string>& files, const Config& config,
                                    const char* what);
 
