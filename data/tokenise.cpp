@@ -81,9 +81,9 @@ PairTokens tokenise(Row&& row, const Tokenizer* tokenizer, const ChatTemplate* c
   if (row.kind == Row::Kind::ids) 
     return {std::move(row.prompt_ids), std::move(row.chosen_ids), std::move(row.rejected_ids), false};
   const char* first = row.kind == Row::Kind::text ? "text" : row.single ? "completion" : "chosen";
-  if (!tokenizer) throw BadRow{first, "text without a tokenizer", "the model folder has none; token ids need none"};
+  if (!tokenizer) throw BadRow{first, text_without_tokenizer, "the model folder has none; token ids need none"};
   if (row.kind == Row::Kind::dialogue && !chat_template)
-    throw BadRow{first, "dialogue without a chat template",
+    throw BadRow{first, dialogue_without_template,
                  "choose one with --template; none joins the texts as they stand"};
   PairTokens tokens = row.kind == Row::Kind::text ? tokenise_text(row, *tokenizer)
                                                   : tokenise_dialogue(row, *tokenizer, *chat_template);

@@ -15,6 +15,10 @@ struct PairTokens {
   bool prompt_merged = false;  // the prompt's end joined the answers' first token: it is longer than the trunk
 };
 
+// The two kinds of BadRow that the model folder is to blame for.
+inline constexpr const char* text_without_tokenizer = "text without a tokenizer";
+inline constexpr const char* dialogue_without_template = "dialogue without a chat template";
+
 // Thread-safe. Throws BadRow: no tokenizer or template for a row of text, roles that the template refuses, answers that
 // are equal as tokens, nothing to score. Throws UserError where a text needs an end-of-sequence token and the tokenizer
 // has none.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 
 #include "src/fail.h"
@@ -55,6 +56,15 @@ const std::map<std::string, const char*>& near_misses() {
       {"loss-type", "use --objective"},
       {"use-cpu", "use --device cpu"},
       {"no-cuda", "use --device cpu"},
+      {"dpo-beta", "the objectives are orpo, sft and ratio (--objective); dpo is not offered"},
+      {"zero", "one process on one machine trains; there is nothing to shard over"},
+      {"ranks", "one process on one machine trains, with --threads"},
+      {"max-restarts", "one process trains; start it again with --resume"},
+      {"lora-rank", "every weight is trained; low-rank adapters are not offered"},
+      {"use-peft", "every weight is trained; low-rank adapters are not offered"},
+      {"recompute", "activations are kept; fewer --micro-tokens need less memory"},
+      {"gradient-checkpointing", "activations are kept; fewer --micro-tokens need less memory"},
+      {"stream", "rows are read, checked and cached before the first step; files may be larger than memory"},
       {"dataloader-num-workers", "use --threads"},
       {"num-threads", "use --threads"},
   };
@@ -180,6 +190,15 @@ void read_config_file(Program program, const std::string& file, Options& options
   }
 }
 
+// What is computed for hours is not lost to a folder that is not there.
+void check_place(const char* option, const std::string& file) {
+  if (file.empty()) return;
+  const std::filesystem::path path(file), folder = path.has_parent_path() ? path.parent_path() : ".";
+  if (!std::filesystem::is_directory(folder))
+    fail(option, ": ", file, " cannot be written; there is no folder ", folder.string());
+  if (std::filesystem::is_directory(path)) fail(option, ": ", file, " is a folder; name a file");
+}
+
 // What no single option can tell.
 void check_together(Program program, const Options& o) {
   if (program != Program::train) {
@@ -196,6 +215,15 @@ void check_together(Program program, const Options& o) {
     fail("--resume: goes on with the run that --overwrite would replace; give one of them");
   if (!o.save_gradients.empty() && !o.resume.empty())
     fail("--save-gradients: shows the first step of a fresh run; leave out --resume");
+  if (o.model.empty() && o.resume.empty() && !o.save_gradients.empty())
+    fail("--save-gradients: needs --model and --data");
+  check_place("--metrics", o.metrics);
+  check_place("--save-gradients", o.save_gradients);
+  check_place("--per-pair", o.per_pair);
+  check_place("--write", o.write);
+  if (program == Program::train && !o.plan && std::filesystem::exists(o.output) && 
+      !std::filesystem::is_directory(o.output))
+    fail("--output: ", o.output, " is a file; name a folder");
   if (o.max_length && o.max_prompt_length > o.max_length)
     fail("--max-prompt-length: ", o.max_prompt_length, " is more than --max-length ", o.max_length);
   if (o.device == "cuda") fail("--device: this build has no CUDA backend; use cpu");

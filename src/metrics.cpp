@@ -13,6 +13,7 @@
 #include "data/packer.h"
 #include "src/arena.h"
 #include "src/fail.h"
+#include "src/files.h"
 
 namespace orpo {
 
@@ -138,17 +139,16 @@ void cut_after(const std::filesystem::path& file, int64_t done) {
     kept += line + "\n";
   }
   in.close();
-  std::ofstream out(file, std::ios::binary | std::ios::trunc);
-  out << kept;
-  if (!out.flush()) fail_machine(file.string(), ": cannot be written: ", std::strerror(errno));
+  write_file_atomically(file, kept);
 }
 
 }  // namespace
 
-MetricsLog::MetricsLog(const std::filesystem::path& file, const std::filesystem::path& events_folder, int64_t done)
-    : path_(file), events_(events_folder, done + 1) {
-  if (done > 0) cut_after(file, done);
-  file_ = std::fopen(file.c_str(), done > 0 ? "ab" : "wb");
+MetricsLog::MetricsLog(const std::filesystem::path& file, const std::filesystem::path& events_folder,
+                       std::optional<int64_t> resumed_at)
+    : path_(file), events_(events_folder, resumed_at.value_or(0) + 1) {
+  if (resumed_at && std::filesystem::is_regular_file(file)) cut_after(file, *resumed_at);
+  file_ = std::fopen(file.c_str(), resumed_at ? "ab" : "wb");
   if (!file_) fail_machine(file.string(), ": cannot be written: ", std::strerror(errno));
 }
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -73,9 +74,10 @@ std::string json_line(const MetricList& metrics);
 // OUT/metrics.jsonl (or --metrics FILE) and the TensorBoard events beside it.
 class MetricsLog {
  public:
-  // done > 0: a resumed run; lines of later steps, which it makes again, are cut off. Throws MachineError where a file
-  // cannot be written.
-  MetricsLog(const std::filesystem::path& file, const std::filesystem::path& events_folder, int64_t done);
+  // resumed_at: the checkpoint's step, in a resumed run; lines of later steps, which it makes again, are cut off.
+  // Throws MachineError where a file cannot be written.
+  MetricsLog(const std::filesystem::path& file, const std::filesystem::path& events_folder,
+             std::optional<int64_t> resumed_at);
   ~MetricsLog();
   MetricsLog(const MetricsLog&) = delete;
   MetricsLog& operator=(const MetricsLog&) = delete;

@@ -148,7 +148,7 @@ std::vector<Option> build_table() {
       .insists();
 
   group = "Data";
-  add(all, files("data", &O::data), "preference rows, JSON Lines, .gz too").insists();
+  add(all, files("data", &O::data), "preference rows, JSON Lines, .gz too");
   add(train, files("eval-data", &O::eval_data), "held-out rows, measured before, as --eval-every says, and at the end");
   add(all, integer("max-length", &O::max_length, 2, most, "TOKENS"), "longest prompt + response")
       .shown_as("2048, or the model's positions if fewer")

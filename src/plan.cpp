@@ -112,7 +112,7 @@ MemoryPlan make_plan(const PlanRequest& r, int64_t memory) {
          r.trains ? "weights, gradients and moments" : "weights", ", ", bytes_text(least.scratch_bytes),
          " for the pair; use a smaller model", least.state_bytes < memory ? " or a smaller --max-length" : "");
   int64_t fits = least.micro_tokens, too_many = wanted;
-  while (too_many - fits > std::max<int64_t>(1, fits / 64)) {
+  while (too_many - fits > 1) {
     const int64_t middle = fits + (too_many - fits) / 2;
     MemoryPlan tried = rehearse(r, middle);
     (tried.total() <= memory ? fits : too_many) = middle;

@@ -39,6 +39,20 @@ StoredDType saved_dtype(SaveDType choice, StoredDType input) {
                                      : input;
 }
 
+// What the rows are, as tokens in their order: a resumed run needs the same ones, wherever their files lie now.
+int64_t fingerprint(const PairSet& set) {
+  Hasher hasher;
+  for (int64_t i = 0; i < set.size(); ++i) {
+    const TokenPair pair = set[i];
+    for (const auto part : {pair.trunk, pair.chosen, pair.rejected}) {
+      const uint64_t length = part.size();
+      hasher.add(std::as_bytes(std::span(&length, 1)));
+      hasher.add(std::as_bytes(part));
+    }
+  }
+  return static_cast<int64_t>(hasher.value() >> 1);
+}
+
 // "loss 1.234  nll 1.200  chosen -0.500  rejected -0.900  accuracy 0.750": what people look at.
 std::string headline(const MetricList& metrics, const std::string& prefix = "") {
   std::string text;
@@ -96,6 +110,14 @@ void Run::open_checkpoint(const Options& given) {
     checkpoint_ = find_resumable(given.output, [](const std::string& line) { console().say(line); });
   }
   if (!checkpoint_) {
+    for (const fs::path& left : remains_of_a_run(options_.output)) {
+      const std::string name = left.filename();
+      if (name.starts_with("checkpoint-"))
+        fail("--resume: ", given.output,
+             " has no whole checkpoint; --overwrite starts anew and removes the broken ones");
+      if (name.starts_with("model"))
+        fail("--resume: ", given.output, " holds a finished run without a checkpoint; --overwrite replaces it");
+    }
     if (given.model.empty() || given.data.empty())
       fail("--resume: ", given.output, " has no whole checkpoint; give --model and --data to start the run");
     console().say("no checkpoint in ", given.output, " yet: starting from the beginning");
@@ -149,6 +171,9 @@ void Run::load_state() {
   if (counter("data_pairs") != data_->size())
     fail("--data: the run was started on ", counter("data_pairs"), " pairs, and now there are ", data_->size(),
          "; a resumed run needs the same rows");
+  if (state.counters.contains("data_fingerprint") && counter("data_fingerprint") != fingerprint(*data_))
+    fail("--data: the rows are not those that the run was started on (as tokens, in their order); a resumed run needs "
+         "the same rows");
   done = done_at_start_ = state.step;
   skipped = counter("skipped_steps");
   skipped_in_a_row = counter("skipped_in_a_row");
@@ -156,6 +181,9 @@ void Run::load_state() {
   if (!history_.empty() && history_.back().find("\"eval_loss\"") != std::string::npos)
     evaluated_ = parse_json(history_.back(), "log_history").value("step", int64_t{-1});
   saved_ = done;
+  if (done > total_steps)
+    fail(options_.max_steps > 0 ? "--max-steps" : "--epochs", ": the run would end at step ", total_steps,
+         ", and its checkpoint is of step ", done, "; give more, or resume from an earlier checkpoint");
 }
 
 // From here on the output folder is this run's.
@@ -168,7 +196,8 @@ void Run::open_output() {
   sweep_leftovers(out);
   std::string recipe = "# The options of this run: orpo_train --config options.toml repeats it.\n";
   write_file_atomically(out / "options.toml", recipe + toml_text(option_values(Program::train, options_)));
-  log_.emplace(options_.metrics.empty() ? out / "metrics.jsonl" : fs::path(options_.metrics), out, done);
+  log_.emplace(options_.metrics.empty() ? out / "metrics.jsonl" : fs::path(options_.metrics), out,
+               checkpoint_ ? std::optional(done) : std::nullopt);
 }
 
 void Run::say_what_runs() const {
@@ -277,7 +306,10 @@ void Run::save() {
   state.epochs = o.epochs;
   state.batch_pairs = o.batch_pairs, state.eval_every = o.eval_every, state.save_every = o.save_every;
   state.seed = o.seed;
-  state.counters = {{"data_pairs", data_->size()}, {"skipped_steps", skipped}, {"skipped_in_a_row", skipped_in_a_row}};
+  state.counters = {{"data_pairs", data_->size()},
+                    {"data_fingerprint", fingerprint(*data_)},
+                    {"skipped_steps", skipped},
+                    {"skipped_in_a_row", skipped_in_a_row}};
   state.options = option_values(Program::train, o);
   state.log_history = history_;
   const TrainingTensors& t = model_->tensors;
@@ -295,6 +327,9 @@ int Run::stop() {
 }
 
 int Run::finish() {
+  if (done > 0 && skipped == done)
+    fail("loss or gradient was not finite in any of ", done,
+         " steps, so nothing was learned and no model is written; look at the weights of ", options_.model);
   save_model(options_.output, source_, model_->tensors.masters, *backend_);
   console().say("finished ", total_steps, " steps in ", seconds_text(seconds_since(start_)),
                 skipped ? concat(", ", skipped, " of them skipped") : "", "; the model is in ", options_.output);

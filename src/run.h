@@ -47,7 +47,7 @@ class Run {
   Communicator& communicator() { return *communicator_; }
   int64_t micro_tokens() const { return plan_.micro_tokens; }
   AdamW next_update() const;  // settings of the coming update: the schedule's learning rate, no clipping yet
-  bool due(int64_t every) const { return every > 0 && done % every == 0; }
+  bool due(int64_t every) const { return every > 0 && done > 0 && done % every == 0; }
 
   // Checks of the first step that trains (trainer.h); afterwards nothing.
   void check_gradients(const GradientNorm& gradients);

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "data/tokenise.h"
 #include "src/console.h"
 #include "src/fail.h"
 #include "tokenizer/template.h"
@@ -76,7 +77,10 @@ std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std
   try {
     set = PairSet::load({files.begin(), files.end()}, tokenizer.get(), chat_template.get(), settings);
   } catch (const UserError& e) {
-    fail(e.what(), without);
+    const std::string_view reason = e.what();
+    const bool needs_them = reason.find(text_without_tokenizer) != reason.npos ||
+                            reason.find(dialogue_without_template) != reason.npos;
+    fail(reason, needs_them ? without : "");
   }
 
   if (!what) return set;

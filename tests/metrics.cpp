@@ -106,12 +106,18 @@ TEST_CASE("a resumed run cuts what it will make again") {
   const TemporaryFolder folder;
   const auto file = folder.path() / "metrics.jsonl";
   {
-    MetricsLog log(file, folder.path(), 0);
+    MetricsLog log(file, folder.path(), std::nullopt);
+    log.write(0, {{"step", 0}, {"eval_loss", 2}});
     for (int step = 1; step <= 4; ++step) log.write(step, {{"step", step}, {"loss", 1.0 / step}});
   }
   std::ofstream(file, std::ios::app) << "{\"step\": 5, \"lo";  // killed while writing
   { MetricsLog log(file, folder.path(), 2); }
-  CHECK(text_of(file) == "{\"step\": 1, \"loss\": 1}\n{\"step\": 2, \"loss\": 0.5}\n");
+  const std::string first = "{\"step\": 0, \"eval_loss\": 2}\n";
+  CHECK(text_of(file) == first + "{\"step\": 1, \"loss\": 1}\n{\"step\": 2, \"loss\": 0.5}\n");
+  { MetricsLog log(file, folder.path(), 0); }
+  CHECK(text_of(file) == first);  // an evaluation before the first step is not made again
+  { MetricsLog log(file, folder.path(), std::nullopt); }
+  CHECK(text_of(file).empty());
 }
 
 TEST_CASE("events are TFRecords with masked CRC-32C") {

@@ -138,6 +138,59 @@ TEST_CASE("evaluations stand in the metrics at their steps, and change nothing")
   check_same_lines(metrics_of(work.out), metrics_of(without.out));
 }
 
+TEST_CASE("a checkpoint is written after steps, never before the first; stopped there, no line is lost") {
+  const Workplace work, straight;
+  const Words words{"--eval-data", work.rows, "--save-every", "1", "--max-steps", "2", "--dtype", "fp32"};
+  REQUIRE(straight.train(words).status == 0);
+  CHECK_FALSE(fs::exists(straight.out / "checkpoint-0"));
+  CHECK(fs::exists(straight.out / "checkpoint-1"));
+  fs::copy(straight.out, work.out, fs::copy_options::recursive);
+  fs::remove_all(work.out / "checkpoint-2");
+  fs::remove_all(work.out / "model.safetensors");
+  const Outcome outcome = run("orpo_train", {"--resume", "--output", work.out}, work.folder.path());
+  CHECK_MESSAGE(outcome.status == 0, outcome.err);
+  CHECK(metrics_of(work.out, true).size() == metrics_of(straight.out, true).size());
+}
+
+TEST_CASE("--resume removes nothing: neither a finished model nor broken checkpoints") {
+  const Workplace finished, broken;
+  REQUIRE(finished.train({"--max-steps", "1", "--dtype", "fp32"}).status == 0);
+  const std::string model = text_of(finished.out / "model.safetensors");
+  Outcome outcome = finished.train({"--max-steps", "1", "--dtype", "fp32", "--resume"});
+  CHECK(outcome.status == 2);
+  CHECK(outcome.last_error_line().find("holds a finished run without a checkpoint") != std::string::npos);
+  CHECK(text_of(finished.out / "model.safetensors") == model);
+
+  REQUIRE(broken.train({"--max-steps", "2", "--save-every", "1", "--keep", "1", "--dtype", "fp32"}).status == 0);
+  std::ofstream(broken.out / "checkpoint-2/model.safetensors", std::ios::app) << "x";
+  outcome = broken.train({"--max-steps", "2", "--dtype", "fp32", "--resume"});
+  CHECK(outcome.status == 2);
+  CHECK(outcome.last_error_line().find("has no whole checkpoint; --overwrite starts anew") != std::string::npos);
+  CHECK(fs::exists(broken.out / "checkpoint-2"));
+}
+
+TEST_CASE("a resumed run has the same rows, wherever they lie, and ends after its checkpoint") {
+  const Workplace work, other;
+  REQUIRE(work.train({"--max-steps", "2", "--save-every", "2", "--dtype", "fp32"}).status == 0);
+  const fs::path moved = work.folder.path() / "moved.jsonl";
+  fs::rename(work.rows, moved);
+  const auto resume = [&](const Words& more) {
+    Words words{"--resume", "--output", work.out};
+    words.insert(words.end(), more.begin(), more.end());
+    return run("orpo_train", words, work.folder.path());
+  };
+  Outcome outcome = resume({"--data", moved, "--max-steps", "3"});
+  CHECK_MESSAGE(outcome.status == 0, outcome.err);
+  write_rows(other.rows, 24, 5);
+  outcome = resume({"--data", other.rows, "--max-steps", "4"});
+  CHECK(outcome.status == 2);
+  CHECK(outcome.last_error_line().find("--data: the rows are not those") != std::string::npos);
+  outcome = resume({"--data", moved, "--max-steps", "1"});
+  CHECK(outcome.status == 2);
+  CHECK(outcome.last_error_line().find("--max-steps: the run would end at step 1, and its checkpoint is of step 2") !=
+        std::string::npos);
+}
+
 TEST_CASE("the size of a micro-batch changes the numbers by rounding only") {
   const Workplace one, many;
   REQUIRE(one.train({"--max-steps", "3", "--dtype", "fp32"}).status == 0);
@@ -162,6 +215,22 @@ TEST_CASE("steps that are not finite are skipped, counted, and end the run with 
   REQUIRE(steps.size() >= 4);
   CHECK(steps.back().at("skipped_steps") == 3);
   CHECK(steps.back().at("grad_norm").is_null());
+  CHECK_FALSE(fs::exists(work.out / "model.safetensors"));
+}
+
+TEST_CASE("a run in which no step was finite is no finished run") {
+  const Workplace work;
+  const fs::path model = work.folder.path() / "model", weights = model / "model.safetensors";
+  fs::copy(tiny_model_folder, model);
+  fs::permissions(weights, fs::perms::owner_write, fs::perm_options::add);
+  std::string bytes = text_of(weights);
+  std::fill(bytes.end() - 400, bytes.end(), '\xff');  // NaN in every dtype
+  std::ofstream(weights, std::ios::binary) << bytes;
+  const Outcome outcome =
+      run("orpo_train", {"--model", model, "--data", work.rows, "--output", work.out, "--max-steps", "2"},
+          work.folder.path());
+  CHECK(outcome.status == 2);
+  CHECK(outcome.last_error_line().find("not finite in any of 2 steps") != std::string::npos);
   CHECK_FALSE(fs::exists(work.out / "model.safetensors"));
 }
 
@@ -227,6 +296,10 @@ TEST_CASE("mistakes are one line and exit status 2, and leave nothing behind") {
         "orpo_train: error: --batch-pairs: 0 is too small; the least is 1");
   check({"--model", model, "--data", "no.jsonl", "--output", out}, "no.jsonl");
   check({"--model", "nowhere", "--data", rows, "--output", out}, "nowhere");
+  const std::string gone = work.folder.path() / "gone/file";
+  for (const char* option : {"--metrics", "--save-gradients"})
+    check({"--model", model, "--data", rows, "--output", out, option, gone}, concat(option, ": ", gone));
+  check({"--model", model, "--data", rows, "--output", rows}, "--output: " + rows + " is a file");
   check({"--model", model, "--data", rows, "--output", out, "--max-length", "100000"},
         "--max-length: 100000 is more than the ");
   check({"--resume", "--output", out}, "has no whole checkpoint; give --model and --data");
