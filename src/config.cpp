@@ -221,7 +221,7 @@ void check_together(Program program, const Options& o) {
   check_place("--save-gradients", o.save_gradients);
   check_place("--per-pair", o.per_pair);
   check_place("--write", o.write);
-  if (program == Program::train && !o.plan && std::filesystem::exists(o.output) && 
+  if (program == Program::train && !o.plan && std::filesystem::exists(o.output) &&
       !std::filesystem::is_directory(o.output))
     fail("--output: ", o.output, " is a file; name a folder");
   if (o.max_length && o.max_prompt_length > o.max_length)
