@@ -29,15 +29,16 @@ constexpr int64_t answer_tokens = 40;
 constexpr const char* default_output = "out/demonstration";
 constexpr const char* marker = "demonstration.txt";  // says that a folder is the demonstration's own
 
-// data/demonstration beside the program or in a folder above it.
+// data/demonstration in the working folder or one above it, or beside the program or above that.
 fs::path data_folder() {
-  const fs::path program = fs::read_symlink("/proc/self/exe");
-  for (fs::path folder = program.parent_path();; folder = folder.parent_path()) {
-    if (fs::exists(folder / "data/demonstration/train.jsonl")) return folder / "data/demonstration";
-    if (folder == folder.parent_path()) break;
-  }
-  fail("data/demonstration is not beside ", program.string(),
-       " or above it; run the demonstration from the repository, or give --model and --data");
+  std::error_code unknown;  // where /proc is not mounted
+  for (fs::path folder : {fs::current_path(), fs::read_symlink("/proc/self/exe", unknown).parent_path()})
+    for (; !folder.empty(); folder = folder.parent_path()) {
+      if (fs::exists(folder / "data/demonstration/train.jsonl")) return folder / "data/demonstration";
+      if (folder == folder.parent_path()) break;
+    }
+  fail("data/demonstration is neither in this folder or above it nor beside the program; run the demonstration from the repository, or give "
+       "--model and --data");
 }
 
 Options base_act(const Options& given, const fs::path& data, const fs::path& base) {
