@@ -77,7 +77,6 @@ static const Value& first_of(const List& args) {
   return args[0];
 }
 
-// Methods of texts and dictionaries, and filters, by one name.
 Value call(const std::string& name, const Value& self, const List& args) {
   if (name == "default") return self.defined() ? self : first_of(args);
   if (name == "length" || name == "count")

@@ -68,7 +68,4 @@ std::unique_ptr<WordModel> make_sentencepiece_model(std::string proto, bool pref
 std::unique_ptr<Tokenizer> make_tokenizer(Pipeline pipeline, std::unique_ptr<WordModel> model,
                                           const std::string& where);
 
-// A file's bytes. Throws UserError when it cannot be read.
-std::string read_text_file(const std::filesystem::path& file);
-
 }  // namespace orpo

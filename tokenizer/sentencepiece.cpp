@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "src/fail.h"
+#include "src/files.h"
 #include "tokenizer/pipeline.h"
 #include "tokenizer/unicode.h"
 
@@ -132,7 +133,7 @@ class LibraryModel : public WordModel {
 SentencePieces read_sentencepiece(const std::filesystem::path& file) {
   SentencePieces out;
   const std::string where = file.string();
-  out.proto = read_text_file(file);
+  out.proto = read_file(file);
   std::vector<Piece> pieces;
   uint64_t model_type = unigram_model;
   for (Fields f(out.proto, where); f.next();) {

@@ -67,14 +67,20 @@ void space_run(Cursor& c) {
   if (!c.done() && last > begin) c.at = last;
 }
 
+// Words one after the other: word(cursor) moves over the next.
+template <class Word>
+void split_words(std::string_view text, std::vector<std::string_view>& words, Word&& word) {
+  for (Cursor c{text}; !c.done();) {
+    const size_t begin = c.at;
+    word(c);
+    words.push_back(text.substr(begin, c.at - begin));
+  }
+}
+
 class Gpt2Splitter : public Splitter {
  public:
   void split(std::string_view text, std::vector<std::string_view>& words) const override {
-    for (Cursor c{text}; !c.done();) {
-      const size_t begin = c.at;
-      word(c);
-      words.push_back(text.substr(begin, c.at - begin));
-    }
+    split_words(text, words, word);
   }
 
  private:
@@ -93,16 +99,13 @@ class Gpt2Splitter : public Splitter {
   }
 };
 
+// Qwen2's and Llama-3's words; numbers: digits a word may have.
 class ModernSplitter : public Splitter {
  public:
   explicit ModernSplitter(size_t numbers) : numbers_(numbers) {}
 
   void split(std::string_view text, std::vector<std::string_view>& words) const override {
-    for (Cursor c{text}; !c.done();) {
-      const size_t begin = c.at;
-      word(c);
-      words.push_back(text.substr(begin, c.at - begin));
-    }
+    split_words(text, words, [this](Cursor& c) { word(c); });
   }
 
  private:

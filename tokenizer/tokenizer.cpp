@@ -7,10 +7,10 @@
 
 #include <algorithm>
 #include <map>
-#include <nlohmann/json.hpp>
 
 #include "src/fail.h"
 #include "src/files.h"
+#include "tokenizer/json_file.h"
 #include "tokenizer/pipeline.h"
 #include "tokenizer/template.h"
 
@@ -20,14 +20,10 @@ namespace {
 using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
+// The object in a settings file; an absent file sets nothing.
 Json read_json(const fs::path& file) {
   if (!fs::exists(file)) return Json::object();
-  Json json;
-  try {
-    json = Json::parse(read_text_file(file));
-  } catch (const Json::exception& e) {
-    fail(file.string(), ": is not whole JSON (", e.what(), "); bring the file again");
-  }
+  Json json = read_json_file(file);
   if (!json.is_object()) fail(file.string(), ": expected an object, found ", json.type_name());
   return json;
 }
@@ -298,7 +294,7 @@ std::unique_ptr<Tokenizer> Tokenizer::load(const fs::path& folder) {
 SpecialTexts special_texts(const fs::path& folder) {
   const Settings s(folder);
   const fs::path json = folder / "tokenizer.json";
-  const bool byte_level = fs::exists(json) && read_text_file(json).find("\"ByteLevel\"") != std::string::npos;
+  const bool byte_level = fs::exists(json) && read_file(json).find("\"ByteLevel\"") != std::string::npos;
   const auto special = special_tokens(s, choose_kind(s, byte_level));
   const auto text = [&](const char* role) {
     const auto found = special.find(role);
@@ -309,7 +305,7 @@ SpecialTexts special_texts(const fs::path& folder) {
 
 std::optional<std::string> own_template(const fs::path& folder) {
   const fs::path jinja = folder / "chat_template.jinja", settings = folder / "tokenizer_config.json";
-  if (fs::exists(jinja)) return read_text_file(jinja);
+  if (fs::exists(jinja)) return read_file(jinja);
   const Json config = read_json(settings);
   const auto found = config.find("chat_template");
   if (found == config.end() || found->is_null()) return std::nullopt;

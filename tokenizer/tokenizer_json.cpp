@@ -1,9 +1,9 @@
 // Reads tokenizer.json into a Pipeline. What it does not know and would change ids is an error that names it.
-#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "src/fail.h"
 #include "src/files.h"
+#include "tokenizer/json_file.h"
 #include "tokenizer/pipeline.h"
 
 namespace orpo {
@@ -217,21 +217,11 @@ std::string leading_token(const Json& processor, int depth = 0) {
   return "";
 }
 
-Json parse(const std::filesystem::path& file) {
-  try {
-    return Json::parse(read_text_file(file));
-  } catch (const Json::exception& e) {
-    fail(file.string(), ": is not whole JSON (", e.what(), "); bring the file again");
-  }
-}
-
 }  // namespace
-
-std::string read_text_file(const std::filesystem::path& file) { return std::string(MappedFile(file).text()); }
 
 Pipeline read_tokenizer_json(const std::filesystem::path& file) {
   const Place place{file.string(), ""};
-  const Json root = parse(file);
+  const Json root = read_json_file(file);
   if (!root.is_object()) fail(place.text(), ": expected an object, found ", root.type_name());
   Pipeline out;
   if (const Json* normalizer = member(root, "normalizer")) read_normalizer(*normalizer, place / "normalizer", out);
@@ -245,10 +235,10 @@ Pipeline read_tokenizer_json(const std::filesystem::path& file) {
 Pipeline read_vocabulary_and_merges(const std::filesystem::path& vocabulary, const std::filesystem::path& merges) {
   Pipeline out;
   const Place place{vocabulary.string(), ""};
-  const Json root = parse(vocabulary);
+  const Json root = read_json_file(vocabulary);
   if (!root.is_object()) fail(vocabulary.string(), ": expected an object of tokens and ids, found ", root.type_name());
   for (const auto& [text, id] : root.items()) out.model.vocabulary.emplace(text, id_of(id, place, text));
-  std::istringstream lines(read_text_file(merges));
+  std::istringstream lines(read_file(merges));
   for (std::string line; std::getline(lines, line);) {
     if (!line.empty() && line.back() == '\r') line.pop_back();
     if (line.empty() || line.starts_with("#version")) continue;
