@@ -53,9 +53,7 @@ std::string report_json(const DataReport& report, const std::vector<BadPlace>& b
 }
 
 std::filesystem::path cache_file(CacheKey key) {
-  char name[24];
-  std::snprintf(name, sizeof name, "%016llx.tokens", static_cast<unsigned long long>(key.value));
-  return token_cache_folder() / name;
+  return token_cache_folder() / (hash_text(key.value) + ".tokens");
 }
 
 // Sizes that add up and hashes that agree.
@@ -301,7 +299,7 @@ std::unique_ptr<StoredPairs> TokenWriter::finish(const DataReport& report, const
     impl_->partial.clear();
     remove_unused(token_cache_folder());
   }
-  return std::make_unique<StoredPairs>(MappedFile(concat("/proc/self/fd/", impl_->fd)), files, false);
+  return std::make_unique<StoredPairs>(MappedFile(impl_->fd, "the token cache"), files, false);
 }
 
 }  // namespace orpo

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstdio>
 #include <optional>
 
 #include "src/fail.h"
@@ -76,13 +75,9 @@ void read_state(const fs::path& folder, const char* file, const Config& config,
 // One line a part, tab-separated: hash, first byte, bytes, file, what. The last line is the hash of all before it.
 std::string checksums_text(const std::vector<FilePart>& parts) {
   std::string text;
-  char hash[17];
-  for (const FilePart& p : parts) {
-    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(p.hash));
-    text += concat(hash, '\t', p.begin, '\t', p.bytes, '\t', p.file, '\t', p.what, '\n');
-  }
-  std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(xxh64(bytes_of(text))));
-  return text + hash + "\tend\n";
+  for (const FilePart& p : parts)
+    text += concat(hash_text(p.hash), '\t', p.begin, '\t', p.bytes, '\t', p.file, '\t', p.what, '\n');
+  return text + hash_text(xxh64(bytes_of(text))) + "\tend\n";
 }
 
 // Every file of the list is there, has the size that its parts cover, and every part has its checksum.

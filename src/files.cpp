@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -104,11 +105,18 @@ uint64_t xxh64(std::span<const std::byte> data) {
   return hasher.value();
 }
 
-MappedFile::MappedFile(const fs::path& path) {
-  const Descriptor file(path, O_RDONLY);
-  size_ = static_cast<size_t>(regular_file_size(path, file));
+std::string hash_text(uint64_t hash) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
+MappedFile::MappedFile(const fs::path& path) : MappedFile(Descriptor(path, O_RDONLY), path) {}
+
+MappedFile::MappedFile(int descriptor, const fs::path& path) {
+  size_ = static_cast<size_t>(regular_file_size(path, descriptor));
   if (size_ == 0) return;  // mmap refuses empty files
-  void* memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+  void* memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
   if (memory == MAP_FAILED) fail_machine(path.string(), ": cannot be mapped (", reason(), ")");
   data_ = static_cast<const std::byte*>(memory);
   ::madvise(memory, size_, MADV_WILLNEED);
@@ -156,9 +164,13 @@ FilePart write_file(const fs::path& path, std::string_view text) {
 }
 
 void write_file_atomically(const fs::path& path, std::string_view text) {
+  replace_file(path, [&](const fs::path& beside) { write_file(beside, text); });
+}
+
+void replace_file(const fs::path& path, const std::function<void(const fs::path&)>& write) {
   const fs::path beside = folder_of(path) / ("." + path.filename().string() + ".partial");
   try {
-    write_file(beside, text);
+    write(beside);
     rename_path(beside, path);
   } catch (...) {
     std::error_code ignored;

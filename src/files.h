@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -25,6 +26,7 @@ class Hasher {
 };
 
 uint64_t xxh64(std::span<const std::byte> data);
+std::string hash_text(uint64_t hash);  // 16 hexadecimal digits
 
 // A piece of a file that was written, and the checksum of what was meant to be written there.
 struct FilePart {
@@ -42,6 +44,8 @@ inline std::span<const std::byte> bytes_of(std::string_view text) {
 class MappedFile {
  public:
   explicit MappedFile(const std::filesystem::path& path);
+  // An open file, which may be closed afterwards; path names it in errors.
+  MappedFile(int descriptor, const std::filesystem::path& path);
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&&) = delete;
   ~MappedFile();
@@ -77,6 +81,8 @@ std::string read_file(const std::filesystem::path& path);
 FilePart write_file(const std::filesystem::path& path, std::string_view text);
 // The name shows the old file or the whole new one, at every moment.
 void write_file_atomically(const std::filesystem::path& path, std::string_view text);
+// The same for a file that write(beside) makes under another name; nothing of it is left where write throws.
+void replace_file(const std::filesystem::path& path, const std::function<void(const std::filesystem::path&)>& write);
 // Byte for byte, fsynced.
 FilePart duplicate_file(const std::filesystem::path& from, const std::filesystem::path& to);
 
@@ -87,9 +93,9 @@ uint64_t hash_file_part(const std::filesystem::path& path, int64_t begin, int64_
 // Folders. All throw MachineError naming path and reason.
 void make_folder(const std::filesystem::path& folder);  // with its parents; one that exists is fine
 void sync_folder(const std::filesystem::path& folder);  // fsync: names in it survive a power cut
-void rename_path(const std::filesystem::path& from,
-                 const std::filesystem::path& to);    // atomic, then both parents are fsynced
-void remove_tree(const std::filesystem::path& path);  // absent is fine
+void remove_tree(const std::filesystem::path& path);    // absent is fine
+// Atomic; then both parents are fsynced.
+void rename_path(const std::filesystem::path& from, const std::filesystem::path& to);
 // Drops what the kernel keeps of a file that was fsynced, so that the next read comes from the device.
 void forget_cached(const std::filesystem::path& path);
 

@@ -133,10 +133,8 @@ std::set<int32_t> ending_tokens(const std::filesystem::path& folder, const Token
 }
 
 int64_t write_token_rows(const PairSet& set, const DataSettings& limits, const std::filesystem::path& file) {
-  std::filesystem::path beside = file;
-  beside += ".partial";
   int64_t rows = 0;
-  try {
+  replace_file(file, [&](const std::filesystem::path& beside) {
     OutputFile out(beside);
     std::string text;
     for (int64_t i = 0; i < set.size(); ++i) {
@@ -150,12 +148,7 @@ int64_t write_token_rows(const PairSet& set, const DataSettings& limits, const s
     }
     out.write(bytes_of(text));
     out.finish();
-    rename_path(beside, file);
-  } catch (...) {
-    std::error_code ignored;
-    std::filesystem::remove(beside, ignored);
-    throw;
-  }
+  });
   return rows;
 }
 

@@ -164,15 +164,9 @@ std::vector<FilePart> save_weights(const fs::path& folder, const Config& config,
 }
 
 void save_gradients(const fs::path& file, const Config& config, const Weights& gradients, Backend& backend) {
-  const fs::path beside = file.parent_path() / ("." + file.filename().string() + ".partial");
-  try {
+  replace_file(file, [&](const fs::path& beside) {
     write_places(beside, tensor_places(config), parameters(config, gradients), StoredDType::f32, backend);
-    rename_path(beside, file);
-  } catch (...) {
-    std::error_code ignored;
-    fs::remove(beside, ignored);
-    throw;
-  }
+  });
 }
 
 std::vector<std::string> side_files(const fs::path& folder) {
