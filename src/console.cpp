@@ -3,6 +3,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 
@@ -50,13 +51,17 @@ void Console::finish() {
 
 std::string Console::styled(const std::string& text, Style style) const {
   if (!colour_ || style == Style::plain) return text;
-  const char* code = style == Style::bold ? "1" : style == Style::dim ? "2" : style == Style::good ? "32" : "31";
-  return concat("\033[", code, "m", text, "\033[0m");
+  return concat("\033[1m", text, "\033[0m");
 }
 
 Console& console() {
   static Console instance;
   return instance;
+}
+
+std::string number_text(double value) {
+  char buffer[40];
+  return {buffer, std::to_chars(buffer, buffer + sizeof buffer, value).ptr};
 }
 
 std::string number_text(double value, int decimals) {

@@ -11,7 +11,7 @@
 
 namespace orpo {
 
-enum class Style { plain, bold, dim, good, bad };
+enum class Style { plain, bold };
 
 class Console {
  public:
@@ -27,8 +27,7 @@ class Console {
   void progress(const std::string& text, bool last = false);
   void finish();  // ends an open progress line
 
-  std::string styled(const std::string& text, Style style) const;
-  bool is_terminal() const { return terminal_; }
+  std::string styled(const std::string& text, Style style) const;  // plain where stderr shows no styles
 
  private:
   bool terminal_, colour_, open_ = false;
@@ -40,6 +39,7 @@ Console& console();
 
 std::string seconds_text(double seconds);  // "42 s", "3:07", "2:10:05"
 std::string bytes_text(int64_t bytes);     // "1.4 GiB"
-std::string number_text(double value, int decimals);
+std::string number_text(double value, int decimals);  // "0.250"
+std::string number_text(double value);                // the shortest that reads back as the same: "0.25"
 
 }  // namespace orpo

@@ -3,7 +3,6 @@
 #include <sys/resource.h>
 
 #include <algorithm>
-#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -12,6 +11,7 @@
 
 #include "data/packer.h"
 #include "src/arena.h"
+#include "src/console.h"
 #include "src/fail.h"
 #include "src/files.h"
 
@@ -115,14 +115,13 @@ int64_t peak_resident_bytes() {
 std::string json_line(const MetricList& metrics) {
   std::string line = "{";
   for (const auto& [name, value] : metrics) {
-    char buffer[40];
     line += (line.size() > 1 ? ", \"" : "\"") + name + "\": ";
     if (!std::isfinite(value))
       line += "null";
     else if (value == std::floor(value) && std::abs(value) < 0x1p53)
-      line.append(buffer, std::to_chars(buffer, buffer + sizeof buffer, static_cast<int64_t>(value)).ptr);
+      line += std::to_string(static_cast<int64_t>(value));
     else
-      line.append(buffer, std::to_chars(buffer, buffer + sizeof buffer, value).ptr);
+      line += number_text(value);
   }
   return line + "}";
 }

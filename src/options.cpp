@@ -3,6 +3,7 @@
 #include <charconv>
 #include <limits>
 
+#include "src/console.h"
 #include "src/fail.h"
 
 namespace orpo {
@@ -11,11 +12,6 @@ namespace {
 constexpr unsigned train = 1, eval = 2, data = 4, all = train | eval | data;
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t most = int64_t{1} << 53;
-
-std::string text_of(double value) {
-  char buffer[40];
-  return {buffer, std::to_chars(buffer, buffer + sizeof buffer, value).ptr};
-}
 
 template <class Number>
 Number parse_number(const std::string& text, const char* kind) {
@@ -59,7 +55,7 @@ Option number(const char* name, double O::*member, double least, double bound = 
       fail(text, " is out of range; it must be ", bound == infinity ? "finite" : concat("below ", bound));
     options.*member = value;
   };
-  o.get = [=](const O& options) { return text_of(options.*member); };
+  o.get = [=](const O& options) { return number_text(options.*member); };
   return o;
 }
 

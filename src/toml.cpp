@@ -1,20 +1,15 @@
 #include "src/toml.h"
 
-#include <charconv>
 #include <fstream>
 #include <iterator>
 
 #include <toml++/toml.h>
 
+#include "src/console.h"
 #include "src/fail.h"
 
 namespace orpo {
 namespace {
-
-std::string number_text(double value) {
-  char text[32];
-  return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);
-}
 
 std::string value_text(const toml::node& node, const std::string& where) {
   if (const auto* text = node.as_string()) return text->get();
