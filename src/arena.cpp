@@ -25,8 +25,7 @@ Arena::Arena(Arena&& other) noexcept
       memory_(std::exchange(other.memory_, nullptr)),
       capacity_(std::exchange(other.capacity_, 0)),
       used_(other.used_),
-      high_water_(other.high_water_),
-      entries_(std::move(other.entries_)) {}
+      high_water_(other.high_water_) {}
 
 Arena::~Arena() {
   if (memory_) backend_->release(memory_, capacity_);
@@ -37,21 +36,13 @@ Tensor Arena::allocate(std::string_view what, DType dtype, std::initializer_list
   const int64_t bytes = aligned(t.bytes());
   if (backend_) {
     if (used_ + bytes > capacity_)
-      fail_machine("arena '", name_, "' is full: ", what, " needs ", bytes, " bytes, ", capacity_ - used_, " of ", capacity_, " are left");
+      fail_machine("arena '", name_, "' is full: ", what, " needs ", bytes, " bytes, ", capacity_ - used_, " of ",
+                   capacity_, " are left");
     t.data = memory_ + used_;
   }
   used_ += bytes;
   high_water_ = std::max(high_water_, used_);
-  note(what, bytes);
   return t;
-}
-
-void Arena::note(std::string_view what, int64_t bytes) {
-  const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.what == what; });
-  if (found == entries_.end())
-    entries_.push_back({std::string(what), bytes});
-  else
-    found->bytes = std::max(found->bytes, bytes);
 }
 
 }  // namespace orpo

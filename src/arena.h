@@ -1,12 +1,12 @@
-// Memory, planned before it is used: an arena is one allocation from which named tensors are taken in order. A counting arena hands out
-// tensors without memory and adds up; the same code that runs on it once (the rehearsal) then runs on a real one of exactly that size.
+// Memory, planned before it is used: an arena is one allocation from which named tensors are taken in order. A counting
+// arena hands out tensors without memory and adds up; the same code that runs on it once (the rehearsal) then runs on a
+// real one of exactly that size.
 #pragma once
 
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include "src/backend.h"
 #include "src/tensor.h"
@@ -15,25 +15,18 @@ namespace orpo {
 
 class Arena {
  public:
-  struct Entry {
-    std::string what;  // "layer 3 qkv"
-    int64_t bytes;
-  };
-
   static Arena counting(std::string name);
   Arena(std::string name, Backend& backend, int64_t bytes);  // throws MachineError when the device has no such memory
   Arena(Arena&& other) noexcept;
   Arena& operator=(Arena&&) = delete;
   ~Arena();
 
-  // A tensor of this shape, 64-byte aligned, contents undefined. Throws MachineError, naming what, when the arena is full.
+  // A tensor of this shape, 64-byte aligned, contents undefined. Throws MachineError, naming what, when the arena is
+  // full.
   Tensor allocate(std::string_view what, DType dtype, std::initializer_list<int64_t> shape);
 
-  bool is_counting() const { return backend_ == nullptr; }
-  const std::string& name() const { return name_; }
-  int64_t used() const { return used_; }
-  int64_t high_water() const { return high_water_; }
-  const std::vector<Entry>& entries() const { return entries_; }  // every distinct name, with the most bytes it ever held
+  int64_t used() const { return used_; }              // bytes
+  int64_t high_water() const { return high_water_; }  // the most that were ever in use
 
   // Scratch: everything allocated while a Scope lives is given back when it ends.
   class Scope {
@@ -50,13 +43,11 @@ class Arena {
 
  private:
   explicit Arena(std::string name) : name_(std::move(name)) {}
-  void note(std::string_view what, int64_t bytes);
 
   std::string name_;
-  Backend* backend_ = nullptr;
+  Backend* backend_ = nullptr;  // none: counting
   char* memory_ = nullptr;
   int64_t capacity_ = 0, used_ = 0, high_water_ = 0;
-  std::vector<Entry> entries_;
 };
 
 }  // namespace orpo
