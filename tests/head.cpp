@@ -18,6 +18,14 @@ Values targets_of(int64_t count, int64_t limit) {
   return t;
 }
 
+// The largest logit of a row, and the sum of exp(logit - largest).
+template <class S> std::pair<S, S> largest_and_total(const double* row, int64_t width) {
+  const S most = S(*std::max_element(row, row + width));
+  S total = 0;
+  for (int64_t i = 0; i < width; ++i) total += std::exp(S(row[i]) - most);
+  return {most, total};
+}
+
 struct LogProbability {
   Values logp, lse;
 };
@@ -26,9 +34,7 @@ template <class S> LogProbability log_probability(const Values& logits, const Va
   LogProbability result;
   for (size_t r = 0; r < targets.size(); ++r) {
     const double* row = logits.data() + r * width;
-    const S most = S(*std::max_element(row, row + width));
-    S total = 0;
-    for (int64_t i = 0; i < width; ++i) total += std::exp(S(row[i]) - most);
+    const auto [most, total] = largest_and_total<S>(row, width);
     const S lse = most + std::log(total);
     result.lse.push_back(static_cast<double>(lse));
     result.logp.push_back(static_cast<double>(S(row[int64_t(targets[r])]) - lse));
@@ -42,9 +48,7 @@ template <class T> Values logits_gradient(const Values& logits, const Values& c,
   Values out;
   for (size_t r = 0; r < targets.size(); ++r) {
     const double* row = logits.data() + r * width;
-    const S most = S(*std::max_element(row, row + width));
-    S total = 0;
-    for (int64_t i = 0; i < width; ++i) total += std::exp(S(row[i]) - most);
+    const auto [most, total] = largest_and_total<S>(row, width);
     for (int64_t i = 0; i < width; ++i)
       out.push_back(static_cast<double>(
           to<T>(S(c[r]) * (std::exp(S(row[i]) - most) / total - (i == int64_t(targets[r]) ? 1 : 0)))));

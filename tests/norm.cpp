@@ -117,7 +117,8 @@ TEST_CASE("norm: backward adds to dsum and dweight") {
       with_type(dtype, [&](auto zero) {
         const Backward naive = backward<decltype(zero)>(dsum, dw, dout, sum, weight, c.rows, c.width);
         check_close("dsum", dx.values(), naive.dsum, reference.dsum, dtype);
-        check_close("dweight", dweight.values(), naive.dweight, reference.dweight, sums);
+        // What is added may nearly cancel what was there.
+        check_close("dweight", dweight.values(), naive.dweight, reference.dweight, sums, 2, 8);
       });
     }
   });

@@ -5,23 +5,13 @@
 #include <numeric>
 
 #include "src/rng.h"
+#include "tests/memory_pairs.h"
 
 using namespace orpo;
+using namespace orpo::test;
 using Ids = std::vector<int32_t>;
 
 namespace {
-
-struct ListedPairs : PairSet {
-  struct Stored {
-    Ids trunk, chosen, rejected;
-  };
-  std::vector<Stored> pairs;
-  explicit ListedPairs(std::vector<Stored> listed) : pairs(std::move(listed)) {}
-  int64_t size() const override { return static_cast<int64_t>(pairs.size()); }
-  TokenPair operator[](int64_t i) const override {
-    return {pairs[i].trunk, pairs[i].chosen, pairs[i].rejected, i + 1, 0};
-  }
-};
 
 std::vector<int64_t> all_of(const PairSet& set) {
   std::vector<int64_t> indices(set.size());
@@ -30,7 +20,7 @@ std::vector<int64_t> all_of(const PairSet& set) {
 }
 
 // Pairs of every kind: no trunk, one-token branches, no rejected branch, long branches.
-ListedPairs random_pairs(uint64_t seed, int count) {
+MemoryPairs random_pairs(uint64_t seed, int count) {
   const Random random(seed, RandomStream::test);
   uint64_t counter = 0;
   const auto ids = [&](uint64_t least, uint64_t most) {
@@ -38,20 +28,20 @@ ListedPairs random_pairs(uint64_t seed, int count) {
     for (int32_t& id : list) id = static_cast<int32_t>(random.below(1000, counter++));
     return list;
   };
-  ListedPairs set({});
+  std::vector<Row> rows;
   for (int i = 0; i < count; ++i) {
     const Ids trunk = random.below(3, counter++) == 0 ? Ids{} : ids(1, 9);
     const uint64_t least = trunk.empty() ? 2 : 1;
     const bool single = random.below(5, counter++) == 0;
-    set.pairs.push_back({trunk, ids(least, 12), single ? Ids{} : ids(least, 12)});
+    rows.push_back({trunk, ids(least, 12), single ? Ids{} : ids(least, 12)});
   }
-  return set;
+  return MemoryPairs(rows);
 }
 
 }  // namespace
 
 TEST_CASE("a pair by hand: the trunk once, its last row named twice, no row for a branch's last token") {
-  const ListedPairs set({{{1, 2, 3}, {10, 11, 12}, {20, 21}}, {{}, {30, 31, 32}, {40, 41}}, {{5}, {50}, {60}}});
+  const MemoryPairs set({{{1, 2, 3}, {10, 11, 12}, {20, 21}}, {{}, {30, 31, 32}, {40, 41}}, {{5}, {50}, {60}}});
   const Batch batch = pack(set, all_of(set), true);
   CHECK(batch.tokens == Ids{1, 2, 3, 10, 11, 20, 30, 31, 40, 5});
   CHECK(batch.positions == Ids{0, 1, 2, 3, 4, 3, 0, 1, 0, 0});
@@ -79,7 +69,7 @@ TEST_CASE("a pair by hand: the trunk once, its last row named twice, no row for 
 }
 
 TEST_CASE("the branches' first tokens are both predicted by the trunk's last row") {
-  const ListedPairs set = random_pairs(1, 200);
+  const MemoryPairs set = random_pairs(1, 200);
   const Batch batch = pack(set, all_of(set), false);
   int named_twice = 0;
   for (int64_t i = 0; i < set.size(); ++i) {
@@ -94,7 +84,7 @@ TEST_CASE("the branches' first tokens are both predicted by the trunk's last row
 }
 
 TEST_CASE("both sequences can be read back from the batch, and every target from the row that predicts it") {
-  const ListedPairs set = random_pairs(2, 300);
+  const MemoryPairs set = random_pairs(2, 300);
   for (const bool score_prompt : {true, false}) {
     const Batch batch = pack(set, all_of(set), score_prompt);
     Normalisers counted;
@@ -140,7 +130,7 @@ TEST_CASE("both sequences can be read back from the batch, and every target from
 }
 
 TEST_CASE("visible pairs are those of the causal mask") {
-  const ListedPairs set = random_pairs(3, 50);
+  const MemoryPairs set = random_pairs(3, 50);
   for (int64_t i = 0; i < set.size(); ++i) {
     const Batch batch = pack(set, std::vector<int64_t>{i}, true);
     int64_t visible = 0;  // a row sees as many tokens of its own sequence as its position says, and itself
@@ -150,7 +140,7 @@ TEST_CASE("visible pairs are those of the causal mask") {
 }
 
 TEST_CASE("micro-batches keep the order and the limit; a long pair stands alone") {
-  const ListedPairs set = random_pairs(4, 100);
+  const MemoryPairs set = random_pairs(4, 100);
   const std::vector<int64_t> pairs = all_of(set);
   const int64_t limit = 20;
   const auto batches = micro_batches(set, pairs, limit);

@@ -1,6 +1,7 @@
-// A small random model and rows of tokens in memory: what the tests of the whole model share.
+// A small random model and rows that are awkward to pack: what the tests of the whole model share.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <memory>
 #include <random>
@@ -13,22 +14,10 @@
 #include "src/backend.h"
 #include "src/head.h"
 #include "src/model.h"
+#include "src/trainer.h"
+#include "tests/memory_pairs.h"
 
 namespace orpo::test {
-
-struct Row {
-  std::vector<int32_t> trunk, chosen, rejected;
-};
-
-class MemoryPairs : public PairSet {
- public:
-  explicit MemoryPairs(std::vector<Row> rows) : rows_(std::move(rows)) {}
-  int64_t size() const override { return static_cast<int64_t>(rows_.size()); }
-  TokenPair operator[](int64_t i) const override { return {rows_[i].trunk, rows_[i].chosen, rows_[i].rejected, i + 1, 0}; }
-
- private:
-  std::vector<Row> rows_;
-};
 
 inline Config odd_config() {
   Config c;
@@ -75,7 +64,8 @@ class TinyModel {
     for (const Parameter& p : parameters(config, weights)) {
       std::vector<double> values(p.tensor.elements());
       const bool norm = p.name.find("norm") != std::string::npos;
-      const double sigma = p.tensor.rank == 1 ? 0.2 : p.name == "output" ? scale : scale / std::sqrt(static_cast<double>(p.tensor.columns())) * 2;
+      const double columns = static_cast<double>(p.tensor.columns());
+      const double sigma = p.tensor.rank == 1 ? 0.2 : p.name == "output" ? scale : scale / std::sqrt(columns) * 2;
       for (double& v : values) v = sigma * normal(random) + (norm ? 1 : 0);
       set(p.tensor, values);
     }
@@ -97,19 +87,23 @@ class TinyModel {
   }
 
   // Forward, head, backward over all micro-batches. Without gradients: an evaluation.
-  Outcome run(const std::vector<Batch>& batches, const Normalisers& normalisers, const HeadSettings& settings, bool with_gradients = true) {
+  Outcome run(const std::vector<Batch>& batches, const Normalisers& normalisers, const HeadSettings& settings,
+              bool with_gradients = true) {
     Outcome outcome;
     for (const Parameter& p : parameters(config, gradients)) backend->zero(p.tensor);
     for (const Batch& batch : batches) {
       const Arena::Scope scope(memory);
-      const DeviceBatch device = on_device(batch);
+      const DeviceBatch device = to_device(batch, *backend, memory);
       Activations activations = Activations::allocate(config, dtype, batch.rows(), memory);
       forward(config, weights, activations, device, *backend);
       const Tensor dhidden = memory.allocate("d hidden", dtype, {batch.rows(), config.width});
       std::vector<double> logps;
-      for (const PairResult& r : head(config, weights, with_gradients ? &gradients : nullptr, with_gradients ? &dhidden : nullptr,
+      const Weights* to_weights = with_gradients ? &gradients : nullptr;
+      const Tensor* to_hidden = with_gradients ? &dhidden : nullptr;
+      for (const PairResult& r : head(config, weights, to_weights, to_hidden,
                                       activations.hidden, device, normalisers, settings, *backend, memory, &logps)) {
-        outcome.nll -= (r.chosen_logp_sum + (settings.nll_includes_prompt ? r.prompt_logp_sum : 0)) / normalisers.nll_tokens;
+        const double prompt = settings.nll_includes_prompt ? r.prompt_logp_sum : 0;
+        outcome.nll -= (r.chosen_logp_sum + prompt) / normalisers.nll_tokens;
         if (r.rejected_tokens) outcome.preference += r.preference.loss / normalisers.pairs;
         outcome.pairs.push_back(r);
       }
@@ -130,7 +124,8 @@ class TinyModel {
     std::vector<int64_t> all(set.size());
     for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
     std::vector<Batch> batches;
-    for (const std::vector<int64_t>& part : micro_batches(set, all, micro_tokens)) batches.push_back(pack(set, part, settings.nll_includes_prompt));
+    for (const std::vector<int64_t>& part : micro_batches(set, all, micro_tokens))
+      batches.push_back(pack(set, part, settings.nll_includes_prompt));
     return run(batches, count_normalisers(set, all, settings.nll_includes_prompt), settings, with_gradients);
   }
 
@@ -143,16 +138,6 @@ class TinyModel {
  private:
   Tensor in_double(const Tensor& like) const {
     return Tensor(backend->allocate(like.elements() * 8), DType::f64, {like.elements()});
-  }
-  Tensor ids(const void* host, int64_t rows, int64_t columns) {
-    Tensor t = columns == 1 ? memory.allocate("batch", DType::i32, {rows}) : memory.allocate("batch", DType::i32, {rows, columns});
-    backend->upload(t, host);
-    return t;
-  }
-  DeviceBatch on_device(const Batch& b) {
-    return {ids(b.tokens.data(), b.rows(), 1), ids(b.positions.data(), b.rows(), 1),
-            ids(b.segments.data(), static_cast<int64_t>(b.segments.size()), 4), ids(b.target_rows.data(), b.targets(), 1),
-            ids(b.target_tokens.data(), b.targets(), 1), ids(b.pair_targets.data(), b.pairs(), 4), &b};
   }
 };
 
