@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from orpo_reference import gradients, read_rows, trl_backward, trl_per_pair, trl_trainer
+from orpo_reference import gradients, read_rows, relative, trl_backward, trl_per_pair, trl_trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -54,10 +54,6 @@ def run_ours(programs, args, rows, out):
     run(programs / "orpo_eval", *common, "--per-pair", out / "per_pair.jsonl")
     run(programs / "orpo_train", *step, "--output", out / "unused", "--save-gradients", out / "gradients.safetensors")
     run(programs / "orpo_train", *step, "--output", out / "trained")
-
-
-def relative(ours, theirs):
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def compare_per_pair(report, ours, theirs):

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import make_demonstration as demonstration
 import torch
-from orpo_reference import backward, gradients, per_pair, train, trl_backward, trl_per_pair, trl_trainer, versions
+from orpo_reference import (backward, gradients, per_pair, relative, train, trl_backward, trl_per_pair, trl_trainer,
+                            versions)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SEED = 7
@@ -72,10 +73,6 @@ def picks(gradient):
     flat = gradient.flatten()
     spread = torch.tensor([7919 * k % flat.numel() for k in range(64)]).unique()
     return sorted(spread[flat[spread].abs().topk(min(3, len(spread))).indices].tolist())
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 def main():

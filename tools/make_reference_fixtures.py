@@ -23,8 +23,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from orpo_reference import (backward, gradients, per_pair, read_rows, train, trl_backward, trl_per_pair, trl_trainer,
-                            versions)
+from orpo_reference import (backward, gradients, per_pair, read_rows, relative, train, trl_backward, trl_per_pair,
+                            trl_trainer, versions)
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
@@ -143,7 +143,7 @@ def check_close(what, ours, theirs, tolerance):
 
 def check_gradients(what, expected, found, tolerance):
     for name, g in expected.items():
-        error = float((found[name].double() - g).norm() / g.norm())
+        error = relative(found[name], g)
         if not error <= tolerance:
             raise SystemExit(f"{what}: gradient of {name} is off by {error:.2g}, relative")
 

@@ -27,6 +27,11 @@ def versions():
     return {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "trl": trl.__version__}
 
 
+def relative(ours, theirs):
+    """|ours - theirs| / |theirs|, in double."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
 def sequence(row, side):
     """Token ids [T] of prompt and answer, and the number of leading tokens that are not scored as answer."""
     prompt = row["prompt_ids"]
