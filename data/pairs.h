@@ -24,7 +24,7 @@ namespace orpo {
 struct TokenPair {
   std::span<const int32_t> trunk, chosen, rejected;
   int64_t row = 0;  // 1-based line in its file
-  int32_t file = 0; // index into the files the set was made from
+  int32_t file = 0;  // index into the files the set was made from
 };
 
 enum class OnLong { drop, truncate };
@@ -46,7 +46,7 @@ struct DataReport {
   int64_t rows = 0, kept = 0, bad = 0;  // rows = kept + bad + dropped; blank lines are no rows
   int64_t dropped = 0;          // passed the limits, or were made equal by truncation
   int64_t truncated = 0;        // kept, cut to the limits
-  int64_t prompts_merged = 0;   // kept, and the prompt's end joined the answer's first token: it is longer than the trunk
+  int64_t prompts_merged = 0;   // kept, and the prompt's end joined the answer's first token: longer than the trunk
   int64_t tokens = 0;           // kept: trunk + chosen + rejected
   int64_t longest_sequence = 0, longest_prompt = 0;
   int64_t largest_pair_rows = 0;  // most stream rows that one kept pair takes

@@ -1,11 +1,14 @@
-// Every operation of the model, declared once. A room X implements X_forward then X_backward: src/cpu/X.cpp for the CPU, cuda/X.cu for GPUs.
+// Every operation of the model, declared once. A room X implements X_forward then X_backward: src/cpu/X.cpp for the
+// CPU, cuda/X.cu for GPUs.
 //
 // One rule for all outputs:
 //   activations and their gradients          =     overwritten
-//   parameter gradients (dweight, dbias)     +=    accumulated, in the accumulation dtype (fp32; fp64 where the activations are fp64)
+//   parameter gradients (dweight, dbias)     +=    accumulated, in the accumulation dtype
 //   the residual stream's gradient           +=    the one named exception: norm_backward and scatter_add
-// T names the activation dtype (fp32, bf16 or fp64), A its accumulation dtype (fp32 or fp64). All tensors are row-major, and dense but for
-// linear's and head_backward's matrices, which may have a row_pitch; [rows, x] means one row a token of the packed stream (batch.h). Any row count, width and vocabulary: tails are the operation's business.
+//
+// T names the activation dtype (fp32, bf16 or fp64), A its accumulation dtype (fp32; fp64 for fp64). All tensors are
+// row-major, and dense but for linear's and the head's matrices, which may have a row_pitch; [rows, x] means one row a
+// token of the packed stream (batch.h). Any row count, width and vocabulary: tails are the operation's business.
 // A shape that an operation cannot compute is refused with the operation's name, the rule and the value.
 #pragma once
 
@@ -54,14 +57,14 @@ struct Backend {
   // Memory of the device. allocate() throws MachineError when there is none left.
   virtual void* allocate(int64_t bytes) = 0;
   virtual void release(void* memory, int64_t bytes) = 0;
-  virtual void upload(const Tensor& device, const void* host) = 0;     // device = host
-  virtual void download(void* host, const Tensor& device) = 0;         // host = device
-  virtual void zero(const Tensor& x) = 0;                              // x = 0
-  virtual void convert(const Tensor& out, const Tensor& in) = 0;       // out = in, rounded to out's dtype; same element count
-  virtual void synchronize() = 0;
+  virtual void upload(const Tensor& device, const void* host) = 0;  // device = host
+  virtual void download(void* host, const Tensor& device) = 0;      // host = device
+  virtual void zero(const Tensor& x) = 0;                           // x = 0
+  virtual void convert(const Tensor& out, const Tensor& in) = 0;    // out = in, rounded; as many elements
+  virtual void synchronize() = 0;                                   // returns when everything asked for is done
 
-  // Brackets around each layer of forward and backward (layer -1: embedding, layers: the head's side): no-ops on one device. Weight
-  // gathering, prefetch, gradient-ready reduction, offload and recompute live behind them.
+  // Brackets around each layer of forward and backward (layer -1: embedding, layers: the head's side): no-ops on one
+  // device. Weight gathering, prefetch, gradient-ready reduction, offload and recompute live behind them.
   virtual void begin(int /*layer*/, Pass) {}
   virtual void end(int /*layer*/, Pass) {}
 
@@ -73,33 +76,37 @@ struct Backend {
 
   // linear: out[rows, n] T or A = in[rows, k] T . weight[n, k]^T T + bias[n] T (bias may be absent).
   virtual void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) = 0;
-  // din[rows, k] T = dout . weight (din may be absent);  dweight[n, k] A += dout^T . in;  dbias[n] A += column sums of dout (may be absent).
-  // dout[rows, n] T.
-  virtual void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout, const Tensor& in,
-                               const Tensor& weight) = 0;
+  // din[rows, k] T = dout . weight (din may be absent);  dweight[n, k] A += dout^T . in;  dbias[n] A += column sums of
+  // dout (may be absent).  dout[rows, n] T.
+  virtual void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
+                               const Tensor& in, const Tensor& weight) = 0;
 
   // norm: RMS norm fused with the residual addition before it (Zhang & Sennrich 2019; LlamaRMSNorm):
   //   sum[rows, width] T = residual + branch (branch may be absent: then sum may be residual itself and is left alone)
   //   out[rows, width] T = weight[width] * sum * rstd,   rstd[rows] A = 1 / sqrt(mean(sum^2) + epsilon)
-  virtual void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual, const Tensor& branch,
-                            const Tensor& weight, double epsilon) = 0;
-  // dsum[rows, width] T += gradient through the norm (the residual's gradient, which already holds what comes past the norm);
-  // dweight[width] A +=. dout[rows, width] T. normed is recomputed from sum and rstd.
-  virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum, const Tensor& rstd,
-                             const Tensor& weight) = 0;
+  virtual void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
+                            const Tensor& branch, const Tensor& weight, double epsilon) = 0;
+  // dsum[rows, width] T += gradient through the norm (the residual's gradient, which already holds what comes past the
+  // norm);  dweight[width] A +=.  dout[rows, width] T. What was normalised is made again from sum and rstd.
+  virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
+                             const Tensor& rstd, const Tensor& weight) = 0;
 
-  // rope: rotary position embedding in place (Su et al. 2021; the half-split pairing of Hugging Face Llama) on the query and key heads of
-  // qkv[rows, (heads + 2 kv_heads) * head_dim] T at positions[rows] int32. Angles in double. Backward: the inverse rotation, in place on dqkv.
+  // rope: rotary position embedding in place (Su et al. 2021; the half-split pairing of Hugging Face Llama) on the
+  // query and key heads of qkv[rows, (heads + 2 kv_heads) * head_dim] T at positions[rows] int32. Angles in double.
+  // Backward: the inverse rotation, in place on dqkv.
   virtual void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) = 0;
   virtual void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape) = 0;
 
-  // attention: causal softmax attention over the packed stream (Vaswani et al. 2017; tiles as in FlashAttention-2, Dao 2023). A trunk row sees trunk
-  // rows up to itself; a branch row sees the pair's trunk and its own branch up to itself; the window counts positions in the sequence.
-  //   qkv[rows, (heads + 2 kv_heads) * head_dim] T, rotated;  out[rows, heads * head_dim] T;  lse[heads, rows] A log-sum-exp of the scaled scores
-  virtual void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) = 0;
+  // attention: causal softmax attention over the packed stream (Vaswani et al. 2017; tiles as in FlashAttention-2, Dao
+  // 2023). A trunk row sees trunk rows up to itself; a branch row sees the pair's trunk and its own branch up to
+  // itself; the window counts positions in the sequence.
+  //   qkv[rows, (heads + 2 kv_heads) * head_dim] T, rotated;  out[rows, heads * head_dim] T
+  //   lse[heads, rows] A = log-sum-exp of the scaled scores
+  virtual void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
+                                 const AttentionShape& shape) = 0;
   // dqkv[rows, (heads + 2 kv_heads) * head_dim] T =; every entry written. dout like out.
-  virtual void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv,
-                                  const DeviceBatch& batch, const AttentionShape& shape) = 0;
+  virtual void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                                  const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) = 0;
 
   // activation: SwiGLU (Shazeer 2020): gate_up[rows, 2 n] T holds gate then up; out[rows, n] T = silu(gate) * up.
   virtual void activation_forward(const Tensor& out, const Tensor& gate_up) = 0;
@@ -112,26 +119,32 @@ struct Backend {
   // dout[rows, width] T += din[n, width] T at target_rows; a row named twice receives both, in list order.
   virtual void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows) = 0;
   // lse[n] A = log-sum-exp of logits[n, vocab] A;  logp[n] A = logits at target_tokens[n] int32 - lse, at most 0.
-  virtual void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) = 0;
+  virtual void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits,
+                            const Tensor& target_tokens) = 0;
   // preference: results[pairs] and coefficient[targets] A, where coefficient = -dL/dlogp of each target:
-  //   prompt and chosen targets 1 / nll_tokens; response targets plus lambda / pairs * (-d loss / d mean) / tokens of that response.
-  // logp[targets] A in the order of Batch::target_rows; pair_targets[pairs, 4] int32 as in DeviceBatch, or a slice of it: only the targets of the
-  // pairs named there are read and written. results is host memory: the only numbers a step reads back.
-  virtual void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets, Objective objective,
-                          double lambda, const Normalisers& normalisers, bool nll_includes_prompt) = 0;
-  // dlogits[n, vocab] T = c * (softmax(logits) - onehot(target)), c = coefficient[n] A: dL/dlogits. dlogits may lie over logits, each row at
-  // the start of its own logits row (row_pitch says so): the compute dtype is never wider than A.
+  //   prompt and chosen targets         1 / nll_tokens
+  //   chosen and rejected targets     + lambda / pairs * (-d loss / d mean) / tokens of that response
+  // logp[targets] A in the order of Batch::target_rows; pair_targets[pairs, 4] int32 as in DeviceBatch, or a slice of
+  // it: only the targets of the pairs named there are read and written. results is host memory: the only numbers a step
+  // reads back.
+  virtual void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp,
+                          const Tensor& pair_targets, Objective objective, double lambda,
+                          const Normalisers& normalisers, bool nll_includes_prompt) = 0;
+  // dlogits[n, vocab] T = c * (softmax(logits) - onehot(target)), c = coefficient[n] A: dL/dlogits. dlogits may lie
+  // over logits, each row at the start of its own logits row (row_pitch says so): T is never wider than A.
   // The target's entry is -c * (-expm1(logp)), never softmax - 1, which loses the digits that h multiplies.
-  virtual void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp, const Tensor& coefficient,
-                             const Tensor& target_tokens) = 0;
+  virtual void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
+                             const Tensor& coefficient, const Tensor& target_tokens) = 0;
 
   // adamw: sum of squares of a gradient tensor, in double, in a fixed order; not finite where an entry is not.
   virtual double sum_of_squares(const Tensor& gradient) = 0;
-  // AdamW with decoupled decay (Loshchilov & Hutter 2019; torch.optim.AdamW): g = gradient_scale * gradient A; first, second moments and master A:
-  //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  master -= lr * decay * master;  master -= lr * mhat / (sqrt(vhat) + eps);  weight T = master rounded
+  // AdamW with decoupled decay (Loshchilov & Hutter 2019; torch.optim.AdamW), g = gradient_scale * gradient; gradient,
+  // moments m (first) and v (second) and master A:
+  //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  mhat, vhat: m, v over 1 - b1^step, 1 - b2^step
+  //   master -= lr * decay * master;  master -= lr * mhat / (sqrt(vhat) + eps);  weight T = master, rounded
   // weight may be master itself (fp32 training keeps one copy).
-  virtual void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second, const Tensor& gradient,
-                     const AdamW& settings) = 0;
+  virtual void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
+                     const Tensor& gradient, const AdamW& settings) = 0;
 };
 
 // The CPU backend: OpenMP threads, oneDNN for matrix products. threads 0: all the machine has.

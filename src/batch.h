@@ -1,10 +1,12 @@
-// The packed micro-batch: one stream of token rows made of whole pairs, no padding; a pair's shared prompt (the trunk) stands there once.
+// The packed micro-batch: one stream of token rows made of whole pairs, no padding; a pair's shared prompt (the trunk)
+// stands there once.
 //
 //   stream   | trunk 0 | chosen 0 | rejected 0 | trunk 1 | chosen 1 | rejected 1 | ...
 //
-// A branch's rows continue the trunk's positions and attend to trunk and own branch only, so each row computes exactly what it would in the
-// separate sequence trunk + branch. The last token of a branch is predicted but predicts nothing, so it has no row. Plain text rows and
-// prompt + completion rows (objective sft) are pairs whose rejected branch is empty.
+// A branch's rows continue the trunk's positions and attend to trunk and own branch only, so each row computes exactly
+// what it would in the separate sequence trunk + branch. The last token of a branch is predicted but predicts nothing,
+// so it has no row. Plain text rows and prompt + completion rows (objective sft) are pairs whose rejected branch is
+// empty.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +16,17 @@
 
 namespace orpo {
 
-// Rows of one pair: trunk at begin, then chosen, then rejected. Four int32: an [pairs, 4] int32 tensor for the operations.
+// Rows of one pair: trunk at begin, then chosen, then rejected. Four int32: an [pairs, 4] int32 tensor for the
+// operations.
 struct Segment {
   int32_t begin, trunk, chosen, rejected;
   int32_t rows() const { return trunk + chosen + rejected; }
   int32_t end() const { return begin + rows(); }
 };
 
-// Targets of one pair in the head's row list, contiguous from begin: prompt tokens (predicted within the trunk), chosen, rejected.
-// The last trunk row predicts the first chosen and the first rejected token, so the row list names it twice.
+// Targets of one pair in the head's row list, contiguous from begin: prompt tokens (predicted within the trunk),
+// chosen, rejected. The last trunk row predicts the first chosen and the first rejected token, so the row list names it
+// twice.
 struct PairTargets {
   int32_t begin, prompt, chosen, rejected;
   int32_t end() const { return begin + prompt + chosen + rejected; }
@@ -43,7 +47,8 @@ struct Batch {
   int64_t pairs() const { return static_cast<int64_t>(pair_targets.size()); }
 };
 
-// Token counts over the whole optimiser step, all micro-batches and ranks: what the loss is divided by. Known before a kernel runs.
+// Token counts over the whole optimiser step, all micro-batches and ranks: what the loss is divided by. Known before a
+// kernel runs.
 struct Normalisers {
   double nll_tokens = 0;  // tokens in the supervised loss: prompt (scope full) and chosen targets
   double pairs = 0;       // pairs with a rejected branch

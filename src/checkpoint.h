@@ -1,4 +1,5 @@
-// Checkpoints: OUT/checkpoint-N is a Hugging Face model folder, trainer_state.json (as transformers writes it) and state/:
+// Checkpoints: OUT/checkpoint-N is a Hugging Face model folder, trainer_state.json (as transformers writes it) and
+// state/:
 //   state/trainer.json           step, data position, seed, counters, options
 //   state/optimizer.safetensors  first and second moments, fp32, our own parameter names
 //   state/masters.safetensors    master weights, where model.safetensors does not hold them exactly

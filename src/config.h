@@ -1,5 +1,5 @@
-// The options of every program: one table (config.cpp) generates the defaults, the parser, --help, the run's log and
-// the checkpoint's copy.
+// The options of every program: one table (options.cpp) generates the parser, --help, the run's log and the
+// checkpoint's copy.
 #pragma once
 
 #include <cstdint>

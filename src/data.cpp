@@ -11,9 +11,9 @@
 #include "src/files.h"
 #include "src/inspection.h"
 #include "src/json.h"
+#include "src/waiting.h"
 #include "tokenizer/template.h"
 #include "tokenizer/tokenizer.h"
-#include "src/waiting.h"
 
 namespace orpo {
 namespace {
@@ -243,6 +243,6 @@ int inspect_rows(const Options& options) {
 
 int main(int argc, char** argv) {
   using namespace orpo;
-  orpo::wait_without_spinning(argv);
+  wait_without_spinning(argv);
   return run_program("orpo_data", [&] { return inspect_rows(parse_options(Program::data, argc, argv)); });
 }

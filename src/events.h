@@ -18,14 +18,14 @@ uint32_t crc32c(std::string_view bytes);
 class EventsFile {
  public:
   // A new file in the folder, named after the time; steps of earlier files from first_step on are withdrawn (a resumed
-  // run repeats them).
+  // run repeats them). Throws MachineError where it cannot be written, as scalars() does.
   EventsFile(const std::filesystem::path& folder, int64_t first_step);
   ~EventsFile();
   EventsFile(const EventsFile&) = delete;
   EventsFile& operator=(const EventsFile&) = delete;
 
-  void scalars(int64_t step,
-               const std::vector<std::pair<std::string, double>>& values);  // values that are not finite are left out
+  // Values that are not finite are left out.
+  void scalars(int64_t step, const std::vector<std::pair<std::string, double>>& values);
 
  private:
   void record(const std::string& event);

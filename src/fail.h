@@ -1,5 +1,6 @@
-// Errors. A program ends with exit status 2 for what the user gave and 1 for what the machine did; either way the last line on stderr is one
-// sentence: what, where, why, what to do. Library code throws; only the mains catch (run_program).
+// Errors. A program ends with exit status 2 for what the user gave and 1 for what the machine did; either way the last
+// line on stderr is one sentence: what, where, why, what to do. Library code throws; only the mains catch
+// (run_program).
 #pragma once
 
 #include <cstdio>
@@ -41,9 +42,10 @@ template <class... Parts>
   throw MachineError(concat(parts...));
 }
 
-// Operations refuse what they cannot compute: REQUIRE("linear_forward", x.columns() == w.columns(), "input has ", ...).
-#define REQUIRE_SHAPE(operation, condition, ...)                                           \
-  do {                                                                                     \
+// Operations refuse what they cannot compute: REQUIRE_SHAPE("rope_forward", theta > 0,
+// "theta is ", theta).
+#define REQUIRE_SHAPE(operation, condition, ...)                                                \
+  do {                                                                                          \
     if (!(condition)) ::orpo::fail_machine(operation, ": needs " #condition "; ", __VA_ARGS__); \
   } while (0)
 

@@ -59,8 +59,9 @@ int64_t head_chunk_rows(const Config& config, const HeadSettings& settings, int6
   return std::clamp<int64_t>(settings.logits_bytes / row_bytes, 1, std::max<int64_t>(max_targets, 1));
 }
 
-std::vector<PairResult> head(const Config& config, const Weights& weights, const Weights* gradients, const Tensor* dhidden, const Tensor& hidden,
-                             const DeviceBatch& batch, const Normalisers& normalisers, const HeadSettings& settings, Backend& backend,
+std::vector<PairResult> head(const Config& config, const Weights& weights, const Weights* gradients,
+                             const Tensor* dhidden, const Tensor& hidden, const DeviceBatch& batch,
+                             const Normalisers& normalisers, const HeadSettings& settings, Backend& backend,
                              Arena& scratch, std::vector<double>* logp_out) {
   const Arena::Scope scope(scratch);
   const DType dtype = hidden.dtype, sums = accumulation_dtype(dtype);
@@ -81,9 +82,10 @@ std::vector<PairResult> head(const Config& config, const Weights& weights, const
   };
   // Logits -> dlogits in place -> gradients of the output matrix and of the hidden rows.
   const auto give_back = [&](int64_t first, int64_t count) {
-    const Tensor logits = chunk.logits.slice(0, count), dlogits = over(logits, dtype), rows = chunk.dhidden.slice(0, count);
-    backend.head_backward(dlogits, logits, lse.slice(first, count), logp.slice(first, count), coefficient.slice(first, count),
-                          batch.target_tokens.slice(first, count));
+    const Tensor logits = chunk.logits.slice(0, count), dlogits = over(logits, dtype);
+    const Tensor rows = chunk.dhidden.slice(0, count);
+    backend.head_backward(dlogits, logits, lse.slice(first, count), logp.slice(first, count),
+                          coefficient.slice(first, count), batch.target_tokens.slice(first, count));
     backend.linear_backward(rows, gradients->output, {}, dlogits, chunk.hidden.slice(0, count), weights.output);
     backend.scatter_add(*dhidden, rows, batch.target_rows.slice(first, count));
   };
@@ -101,12 +103,14 @@ std::vector<PairResult> head(const Config& config, const Weights& weights, const
                            batch.target_tokens.slice(first, count));
     }
     // 2. THE PREFERENCE: two means a pair become one coefficient a row (objective.h).
-    backend.preference(results.data() + group.first_pair, coefficient, logp, batch.pair_targets.slice(group.first_pair, group.pairs),
-                       settings.objective, settings.lambda, normalisers, settings.nll_includes_prompt);
+    backend.preference(results.data() + group.first_pair, coefficient, logp,
+                       batch.pair_targets.slice(group.first_pair, group.pairs), settings.objective, settings.lambda,
+                       normalisers, settings.nll_includes_prompt);
     if (!gradients) continue;
-    // 3. Back through the softmax and the output matrix, last chunk first: its logits are still there, the others are made again.
-    for (int64_t first = group.first_target + std::max<int64_t>(group.targets - 1, 0) / chunk_rows * chunk_rows; first >= group.first_target;
-         first -= chunk_rows) {
+    // 3. Back through the softmax and the output matrix, last chunk first: its logits are still there, the others are
+    // made again.
+    const int64_t last = group.first_target + std::max<int64_t>(group.targets - 1, 0) / chunk_rows * chunk_rows;
+    for (int64_t first = last; first >= group.first_target; first -= chunk_rows) {
       const int64_t count = std::min(chunk_rows, end - first);
       if (count == 0) break;
       if (first + count < end) make_logits(first, count);

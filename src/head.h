@@ -1,5 +1,6 @@
-// The head: hidden rows -> logits -> log-probabilities -> the objective -> gradient of the logits -> gradient of the hidden rows. Here the
-// preference enters the backward pass. Logits exist for a bounded number of rows at a time, whatever the batch.
+// The head: hidden rows -> logits -> log-probabilities -> the objective -> gradient of the logits -> gradient of the
+// hidden rows. Here the preference enters the backward pass. Logits exist for a bounded number of rows at a time,
+// whatever the batch.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +21,12 @@ struct HeadSettings {
 // Rows of logits held at a time for a batch of at most max_targets targets.
 int64_t head_chunk_rows(const Config& config, const HeadSettings& settings, int64_t max_targets, DType dtype);
 
-// Per-pair results of the batch; with gradients also dhidden [rows, width] T = and gradients.output +=. hidden: Activations::hidden.
-// gradients and dhidden null: evaluation, no backward work. logp_out (optional): log-probability of every target, in the batch's order.
-std::vector<PairResult> head(const Config& config, const Weights& weights, const Weights* gradients, const Tensor* dhidden, const Tensor& hidden,
-                             const DeviceBatch& batch, const Normalisers& normalisers, const HeadSettings& settings, Backend& backend,
+// Per-pair results of the batch; with gradients also dhidden [rows, width] T = and gradients.output +=. hidden:
+// Activations::hidden. gradients and dhidden null: evaluation, no backward work. logp_out (optional): log-probability
+// of every target, in the batch's order.
+std::vector<PairResult> head(const Config& config, const Weights& weights, const Weights* gradients,
+                             const Tensor* dhidden, const Tensor& hidden, const DeviceBatch& batch,
+                             const Normalisers& normalisers, const HeadSettings& settings, Backend& backend,
                              Arena& scratch, std::vector<double>* logp_out = nullptr);
 
 }  // namespace orpo

@@ -19,7 +19,9 @@ int64_t Config::parameters() const {
 
 Weights Weights::allocate(const Config& c, DType dtype, Arena& arena) {
   Weights w;
-  const auto take = [&](const std::string& name, std::initializer_list<int64_t> shape) { return arena.allocate(name, dtype, shape); };
+  const auto take = [&](const std::string& name, std::initializer_list<int64_t> shape) {
+    return arena.allocate(name, dtype, shape);
+  };
   w.embedding = take("embedding", {c.vocab, c.width});
   for (int i = 0; i < c.layers; ++i) {
     const std::string layer = "layers." + std::to_string(i) + ".";
@@ -135,8 +137,8 @@ void forward(const Config& c, const Weights& w, Activations& a, const DeviceBatc
   backend.end(c.layers, Pass::forward);
 }
 
-void backward(const Config& c, const Weights& w, const Weights& g, const Activations& a, const Tensor& dhidden, const DeviceBatch& batch,
-              Backend& backend, Arena& scratch) {
+void backward(const Config& c, const Weights& w, const Weights& g, const Activations& a, const Tensor& dhidden,
+              const DeviceBatch& batch, Backend& backend, Arena& scratch) {
   const Arena::Scope scope(scratch);
   const RopeShape rope = c.rope_shape();
   const AttentionShape attention = c.attention_shape();
@@ -174,7 +176,8 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
       const Tensor dattention = scratch.allocate("d attention", dtype, {rows, c.attention_width()});
       const Tensor dqkv = scratch.allocate("d query, key, value", dtype, {rows, c.qkv_width()});
       // 6.
-      backend.linear_backward(dattention, lg.attention_output, lg.attention_output_bias, dresidual, la.attention, lw.attention_output);
+      backend.linear_backward(dattention, lg.attention_output, lg.attention_output_bias, dresidual, la.attention,
+                              lw.attention_output);
       // 5.
       backend.attention_backward(dqkv, dattention, la.attention, la.lse, la.qkv, batch, attention);
       // 4.

@@ -1,5 +1,5 @@
-// The decoder: what it is (Config), what it learns (Weights), what a micro-batch leaves behind for the backward pass (Activations), and the two
-// lists of calls, forward() and backward(). Written once for every family and every device.
+// The decoder: what it is (Config), what it learns (Weights), what a micro-batch leaves behind for the backward pass
+// (Activations), and the two lists of calls, forward() and backward(). Written once for every family and every device.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Config {
   int kv_heads = 0;           // num_key_value_heads
   int head_dim = 0;           // head_dim, or width / heads
   int64_t max_positions = 0;  // max_position_embeddings
-  double norm_epsilon = 1e-6; // rms_norm_eps
+  double norm_epsilon = 1e-6;  // rms_norm_eps
   double rope_theta = 10000;
   double initializer_range = 0.02;
   int64_t padding_token = -1;  // pad_token_id: its input embedding gets no gradient (torch's padding_idx); -1: none
@@ -36,7 +36,8 @@ struct Config {
   int64_t attention_width() const { return static_cast<int64_t>(heads) * head_dim; }
   AttentionShape attention_shape() const;
   RopeShape rope_shape() const;
-  // Entries of all weight matrices that a row is multiplied with in every layer, and in the head (DESIGN: useful FLOPs).
+  // Entries of the weight matrices that a row is multiplied with, in all layers together and in the head: what useful
+  // FLOPs count (metrics.h).
   int64_t matrix_weights() const;
   int64_t head_weights() const { return vocab * width; }
   int64_t parameters() const;
@@ -58,7 +59,7 @@ struct LayerWeights {
 
 // The weights, and in the same form their gradients, master copies and moments.
 struct Weights {
-  Tensor embedding;   // [vocab, width]
+  Tensor embedding;  // [vocab, width]
   std::vector<LayerWeights> layers;
   Tensor final_norm;  // [width]
   Tensor output;      // [vocab, width]; the embedding itself where the family ties them
@@ -67,7 +68,8 @@ struct Weights {
   static Weights allocate(const Config& config, DType dtype, Arena& arena);
 };
 
-// One trainable tensor. Every Weights of a Config lists the same parameters in the same order (a tied output once, as the embedding).
+// One trainable tensor. Every Weights of a Config lists the same parameters in the same order (a tied output once, as
+// the embedding).
 struct Parameter {
   std::string name;  // "layers.3.qkv"
   Tensor tensor;
@@ -76,36 +78,38 @@ struct Parameter {
 };
 std::vector<Parameter> parameters(const Config& config, const Weights& weights);
 
-// What forward() leaves for backward(), for one micro-batch.
+// What forward() leaves for backward(), for one micro-batch: in the activation dtype T, or its accumulation dtype A.
 struct LayerActivations {
-  Tensor input;        // [rows, width] residual stream entering the layer
-  Tensor input_rstd;   // [rows] A
-  Tensor input_normed; // [rows, width]
-  Tensor qkv;          // [rows, (heads + 2 kv_heads) * head_dim] rotated
-  Tensor attention;    // [rows, heads * head_dim]
-  Tensor lse;          // [heads, rows] A
-  Tensor middle;       // [rows, width] residual stream after attention
-  Tensor middle_rstd;  // [rows] A
-  Tensor middle_normed;// [rows, width]
-  Tensor gate_up;      // [rows, 2 * intermediate]
-  Tensor activated;    // [rows, intermediate]
+  Tensor input;          // [rows, width] residual stream entering the layer
+  Tensor input_rstd;     // [rows] A
+  Tensor input_normed;   // [rows, width]
+  Tensor qkv;            // [rows, (heads + 2 kv_heads) * head_dim] rotated
+  Tensor attention;      // [rows, heads * head_dim]
+  Tensor lse;            // [heads, rows] A
+  Tensor middle;         // [rows, width] residual stream after attention
+  Tensor middle_rstd;    // [rows] A
+  Tensor middle_normed;  // [rows, width]
+  Tensor gate_up;        // [rows, 2 * intermediate]
+  Tensor activated;      // [rows, intermediate]
 };
 
 struct Activations {
   std::vector<LayerActivations> layers;
-  Tensor branch;       // [rows, width] what the block just computed, not yet added to the residual stream
-  Tensor final;        // [rows, width] residual stream after the last layer
-  Tensor final_rstd;   // [rows] A
-  Tensor hidden;       // [rows, width] final norm's output: what the head reads
+  Tensor branch;      // [rows, width] what the block just computed, not yet added to the residual stream
+  Tensor final;       // [rows, width] residual stream after the last layer
+  Tensor final_rstd;  // [rows] A
+  Tensor hidden;      // [rows, width] final norm's output: what the head reads
 
   static Activations allocate(const Config& config, DType dtype, int64_t rows, Arena& arena);
 };
 
 // tokens -> activations.hidden [rows, width] T. Reads weights, writes activations.
-void forward(const Config& config, const Weights& weights, Activations& activations, const DeviceBatch& batch, Backend& backend);
+void forward(const Config& config, const Weights& weights, Activations& activations, const DeviceBatch& batch,
+             Backend& backend);
 
-// dhidden [rows, width] T (consumed) -> gradients +=. The steps of forward() in reverse, with their numbers. scratch: memory for activation gradients.
-void backward(const Config& config, const Weights& weights, const Weights& gradients, const Activations& activations, const Tensor& dhidden,
-              const DeviceBatch& batch, Backend& backend, Arena& scratch);
+// dhidden [rows, width] T (consumed) -> gradients +=. The steps of forward() in reverse, with their numbers. scratch:
+// memory for activation gradients.
+void backward(const Config& config, const Weights& weights, const Weights& gradients, const Activations& activations,
+              const Tensor& dhidden, const DeviceBatch& batch, Backend& backend, Arena& scratch);
 
 }  // namespace orpo

@@ -16,8 +16,7 @@ namespace orpo {
 
 // Fills weights (any floating dtype; rounded to nearest even) from FOLDER. Throws UserError: one line naming folder or
 // file, tensor, expected and actual shape or dtype; missing and unexpected tensors. Returns the dtype the weights are
-// stored in (the widest where they differ): what
-// --save-dtype means by "as the input".
+// stored in (the widest where they differ): what --save-dtype auto means.
 StoredDType load_weights(const std::filesystem::path& folder, const Config& config, const Weights& weights,
                          Backend& backend);
 // That dtype without loading, from the headers; as config.json says where the folder has no weights (--init random).

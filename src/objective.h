@@ -1,14 +1,15 @@
-// THE OBJECTIVE. Everything that is preference about this trainer stands on this page: two mean log-probabilities in, a loss and its two
-// derivatives out, in double, for host and device. ORPO is arXiv 2403.07691.
+// THE OBJECTIVE. Everything that is preference about this trainer stands on this page: two mean log-probabilities in, a
+// loss and its two derivatives out, in double, for host and device. ORPO is arXiv 2403.07691.
 //
 // For a prompt x with a chosen answer w and a rejected answer l (end of sequence included):
 //
 //   lw = 1/|w| sum_t log p(w_t | x, w_<t),  ll likewise              mean log-probability of a response token
 //   p = exp(l)      odds = p / (1 - p)                               eq. (3), (4)
 //   D = log odds_w - log odds_l = (lw - ll) - (log1mexp(lw) - log1mexp(ll))      eq. (7): log of the odds ratio
-//   L = NLL(chosen) + lambda * mean over pairs of softplus(-D)                   eq. (6); softplus(-D) = -log sigmoid(D)
+//   L = NLL(chosen) + lambda * mean over pairs of softplus(-D)       eq. (6); softplus(-D) = -log sigmoid(D)
 //
-// and its gradient, eq. (8)-(10), with delta = sigmoid(-D) = how far from aligned the pair still is and h = 1 / (1 - p) = the weight of a side:
+// and its gradient, eq. (8)-(10), with delta = sigmoid(-D) = how far from aligned the pair still is and h = 1 / (1 - p)
+// = the weight of a side:
 //
 //   d softplus(-D) / d lw = -delta * h_w        d softplus(-D) / d ll = +delta * h_l
 //
@@ -50,7 +51,8 @@ ORPO_HOST_DEVICE inline double softplus(double x) { return x > 0 ? x + log1p(exp
 
 ORPO_HOST_DEVICE inline double sigmoid(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x)); }
 
-// p -> 1 leaves no odds: a mean log-probability counts as at most -2^-24 (a probability one fp32 step below 1), as low as -1e300 (p = 0).
+// p -> 1 leaves no odds: a mean log-probability counts as at most -2^-24 (a probability one fp32 step below 1), as low
+// as -1e300 (p = 0).
 ORPO_HOST_DEVICE inline double clamp_logp(double l) { return l > -0x1p-24 ? -0x1p-24 : l < -1e300 ? -1e300 : l; }
 
 // orpo, and sft which logs the same numbers with no weight.

@@ -1,4 +1,5 @@
-// The table behind config.h: one entry an option. Its defaults are those of struct Options.
+// The options table behind config.h: one entry an option, whatever program it is of. Its defaults are those of struct
+// Options.
 #pragma once
 
 #include <functional>
@@ -25,8 +26,8 @@ struct Option {
   bool list = false;         // takes several values; set() is called with each
   std::string implied;       // the value of a flag, or of an optional one that stands alone
 
-  std::function<void(Options&, const std::string&)>
-      set;  // throws UserError without the option's name; the parser adds it
+  // Throws UserError without the option's name; the parser adds it.
+  std::function<void(Options&, const std::string&)> set;
   std::function<std::string(const Options&)> get;
   std::function<void(Options&)> clear;  // lists: forget all values
 
@@ -40,7 +41,8 @@ struct Option {
   bool concerns(Program program) const { return programs & static_cast<unsigned>(program); }
 };
 
+// Every option of every program but --config and --help, in the order of --help.
 const std::vector<Option>& option_table();
-const char* program_name(Program program);
+const char* program_name(Program program);  // "orpo_train"
 
 }  // namespace orpo

@@ -1,4 +1,5 @@
-// A tensor here is a view: a pointer, a dtype and a shape. Memory belongs to an Arena (arena.h); nothing is counted or freed by a view.
+// A tensor here is a view: a pointer, a dtype and a shape. Memory belongs to an Arena (arena.h); nothing is counted or
+// freed by a view.
 #pragma once
 
 #include <array>
@@ -6,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <type_traits>
 
 #include "src/fail.h"
 
@@ -46,7 +48,7 @@ struct Tensor {
   DType dtype = DType::f32;
   int rank = 0;
   std::array<int64_t, 4> shape{};  // row-major
-  int64_t row_pitch = 0;           // elements from one row to the next where rows are not dense (head_backward, linear); 0: dense
+  int64_t row_pitch = 0;           // elements from one row to the next; 0: dense
 
   Tensor() = default;
   Tensor(void* memory, DType type, std::initializer_list<int64_t> dimensions) : data(memory), dtype(type) {
@@ -64,12 +66,14 @@ struct Tensor {
   int64_t rows() const { return columns() == 0 ? 0 : elements() / columns(); }
   int64_t pitch() const { return row_pitch ? row_pitch : columns(); }
 
+  // The entries, where T (or const T) is the dtype's type; else MachineError.
   template <class T> T* as() const {
-    if (dtype != dtype_of<std::remove_const_t<T>>) fail_machine("tensor of ", dtype_name(dtype), " read as ", dtype_name(dtype_of<std::remove_const_t<T>>));
+    constexpr DType wanted = dtype_of<std::remove_const_t<T>>;
+    if (dtype != wanted) fail_machine("tensor of ", dtype_name(dtype), " read as ", dtype_name(wanted));
     return static_cast<T*>(data);
   }
 
-  // Rows [begin, begin + count) of a matrix (or entries of a vector), same memory.
+  // Rows [begin, begin + count) of a matrix (or entries of a vector), same memory. MachineError where there are fewer.
   Tensor slice(int64_t begin, int64_t count) const {
     const int64_t stride = row_pitch ? row_pitch : rank == 0 || shape[0] == 0 ? 0 : elements() / shape[0];
     if (begin < 0 || count < 0 || begin + count > shape[0])

@@ -7,8 +7,9 @@
 
 namespace orpo {
 
-std::string trainer_json(const TrainingState& state);  // state/trainer.json
-std::string trainer_state_json(
-    const TrainingState& state);  // trainer_state.json; throws UserError where a log entry is no JSON
+// state/trainer.json.
+std::string trainer_json(const TrainingState& state);
+// trainer_state.json. Throws UserError where an entry of the log history is no JSON.
+std::string trainer_state_json(const TrainingState& state);
 
 }  // namespace orpo

@@ -1,6 +1,7 @@
-// Threads that wait for the others give their core away. libgomp's default is to spin, which on a machine that does anything else at the same
-// time makes a step several times slower (tools/PERFORMANCE.md) and on a quiet one gains nothing that could be measured. libgomp reads its
-// environment before main, so the program starts itself once more with the setting; whoever sets one of the variables decides for himself.
+// Threads that wait for the others give their core away. libgomp's default is to spin, which on a machine that does
+// anything else at the same time makes a step several times slower (tools/PERFORMANCE.md) and on a quiet one gains
+// nothing that could be measured. libgomp reads its environment before main, so the program starts itself once more
+// with the setting, unless the user has set one of its variables.
 #pragma once
 
 #include <unistd.h>

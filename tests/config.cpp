@@ -77,7 +77,7 @@ TEST_CASE("every option is set by its name, by each alias, with - and _, and by 
     }
 }
 
-TEST_CASE("defaults are DESIGN's") {
+TEST_CASE("defaults are the documented ones") {
   const Options o = parse(with_model({}));
   CHECK(o.lambda == 0.1);
   CHECK(o.nll_scope == NllScope::full);

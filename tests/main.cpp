@@ -4,8 +4,8 @@
 
 #include <cstdio>
 
-#include "tests/check.h"
 #include "src/waiting.h"
+#include "tests/check.h"
 
 namespace {
 

@@ -27,8 +27,8 @@ double distance(const std::vector<double>& a, const std::vector<double>& b) {
   return std::sqrt(difference / norm);
 }
 
-// The packed batch of one pair rewritten as two separate sequences, trunk + chosen and trunk + rejected: the prompt computed twice, its last row
-// once for each answer. The oracle for "shared prompt = separate sequences".
+// The packed batch of one pair rewritten as two separate sequences, trunk + chosen and trunk + rejected: the prompt
+// computed twice, its last row once for each answer. The oracle for "shared prompt = separate sequences".
 Batch separate(const Row& row, bool score_prompt) {
   Batch b;
   PairTargets targets{0, 0, 0, 0};
@@ -141,7 +141,8 @@ TEST_CASE("model: packing and micro-batches change loss and gradient by rounding
   for (const auto& [dtype, tolerance] : {std::pair{DType::f64, 1e-12}, {DType::f32, 3e-5}}) {
     TinyModel model = tiny(dtype);
     const HeadSettings settings;
-    const auto whole = model.run(rows, one_batch, settings), parts = model.run(rows, 40, settings), alone = model.run(rows, 1, settings);
+    const auto whole = model.run(rows, one_batch, settings), parts = model.run(rows, 40, settings),
+               alone = model.run(rows, 1, settings);
     CHECK(whole.micro_batches == 1);
     CHECK(parts.micro_batches > 1);
     CHECK(parts.micro_batches < alone.micro_batches);
@@ -173,7 +174,8 @@ TEST_CASE("model: fp32 and bf16 stay close to double") {
   const HeadSettings settings;
   TinyModel exact = tiny(DType::f64);
   const auto truth = exact.run(rows, one_batch, settings);
-  const auto single = tiny(DType::f32).run(rows, one_batch, settings), half = tiny(DType::bf16).run(rows, one_batch, settings);
+  const auto single = tiny(DType::f32).run(rows, one_batch, settings),
+             half = tiny(DType::bf16).run(rows, one_batch, settings);
   CHECK(distance(single.gradient, truth.gradient) < 1e-5);
   CHECK(distance(single.logps, truth.logps) < 1e-5);
   // bf16 keeps 8 bits: 2^-9 a rounding, a few dozen roundings deep.

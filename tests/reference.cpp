@@ -1,4 +1,5 @@
-// Against the outside: what transformers and TRL computed on the same models and rows (tools/make_reference_fixtures.py, tools/make_real_golden.py).
+// Against the outside: what transformers and TRL computed on the same models and rows
+// (tools/make_reference_fixtures.py, tools/make_real_golden.py).
 #include <doctest/doctest.h>
 
 #include <nlohmann/json.hpp>
@@ -38,7 +39,12 @@ struct Loaded {
         backend(make_cpu_backend(2)),
         memory("tensors", *backend, description.config.parameters() * 4 * 6 + (1 << 20)),
         scratch("scratch", *backend, int64_t{3} << (description.config.parameters() > 1'000'000 ? 30 : 25)),
-        model{description.config, DType::f32, TrainingTensors::allocate(description.config, DType::f32, memory), {}, *backend, scratch} {
+        model{description.config,
+              DType::f32,
+              TrainingTensors::allocate(description.config, DType::f32, memory),
+              {},
+              *backend,
+              scratch} {
     load_weights(folder, model.config, model.tensors.weights, *backend);
     start_optimizer(model);
     DataSettings settings;
@@ -100,8 +106,10 @@ void check_digest(const json& expected, const StoredWeights& found, double toler
     const double norm = digest.at("norm"), entry = tolerance * norm / std::sqrt(static_cast<double>(values.size()));
     CHECK(std::abs(norm_of(values) - norm) <= tolerance * norm);
     if (!digest.contains("entries")) continue;
-    for (const json& sample : digest.at("entries"))
-      CHECK(std::abs(values[sample[0].get<size_t>()] - sample[1].get<double>()) <= entry + tolerance * std::abs(sample[1].get<double>()));
+    for (const json& sample : digest.at("entries")) {
+      const double value = sample[1];
+      CHECK(std::abs(values[sample[0].get<size_t>()] - value) <= entry + tolerance * std::abs(value));
+    }
   }
 }
 
@@ -118,15 +126,17 @@ void check_complete(const fs::path& file, const StoredWeights& found, double tol
   }
 }
 
-void check_pairs(const json& expected, const std::vector<PairResult>& found, double lambda, bool with_prompt, double tolerance) {
+void check_pairs(const json& expected, const std::vector<PairResult>& found, double lambda, bool with_prompt,
+                 double tolerance) {
   REQUIRE(found.size() == expected.size());
   for (size_t i = 0; i < found.size(); ++i) {
     CAPTURE(i);
     const PairResult& r = found[i];
     const double nll_tokens = r.chosen_tokens + (with_prompt ? r.prompt_tokens : 0);
     const double nll = -(r.chosen_logp_sum + (with_prompt ? r.prompt_logp_sum : 0)) / nll_tokens;
-    CHECK(std::abs(r.chosen_logp_sum / r.chosen_tokens - expected[i].at("logps/chosen").get<double>()) <= tolerance);
-    CHECK(std::abs(r.rejected_logp_sum / r.rejected_tokens - expected[i].at("logps/rejected").get<double>()) <= tolerance);
+    const double lw = r.chosen_logp_sum / r.chosen_tokens, ll = r.rejected_logp_sum / r.rejected_tokens;
+    CHECK(std::abs(lw - expected[i].at("logps/chosen").get<double>()) <= tolerance);
+    CHECK(std::abs(ll - expected[i].at("logps/rejected").get<double>()) <= tolerance);
     CHECK(std::abs(nll - expected[i].at("nll").get<double>()) <= tolerance);
     const double log_odds = expected[i].at("log_odds");
     CHECK(std::abs(r.preference.log_odds - log_odds) <= tolerance * (2 + std::abs(log_odds)));
@@ -149,8 +159,8 @@ void check_steps(Loaded& loaded, const json& training, double loss_tolerance, do
 }
 
 // What one tensor's gradient, or its change over the steps, must be: norm and sampled entries.
-void check_tensor(const json& expected, const char* norm, const char* samples, std::span<const float> values, double norm_tolerance,
-                  double entry_tolerance) {
+void check_tensor(const json& expected, const char* norm, const char* samples, std::span<const float> values,
+                  double norm_tolerance, double entry_tolerance) {
   CHECK(norm_of(values) == doctest::Approx(expected.at(norm).get<double>()).epsilon(norm_tolerance));
   for (size_t i = 0; i < expected.at("entries").size(); ++i) {
     const double sample = expected.at(samples)[i];
@@ -158,9 +168,10 @@ void check_tensor(const json& expected, const char* norm, const char* samples, s
   }
 }
 
-// The whole comparison for one folder. tolerances: absolute for log-probabilities, relative for gradients, and for the change of weights.
-void compare(const fs::path& model_folder, const fs::path& rows, const json& expected, const fs::path& complete, double logp_tolerance,
-             double gradient_tolerance) {
+// The whole comparison for one folder. tolerances: absolute for log-probabilities, relative for gradients, and for the
+// change of weights.
+void compare(const fs::path& model_folder, const fs::path& rows, const json& expected, const fs::path& complete,
+             double logp_tolerance, double gradient_tolerance) {
   const TemporaryFolder temporary;
   Loaded loaded(model_folder, rows);
   loaded.model.head.lambda = expected.at("lambda");
@@ -186,7 +197,8 @@ void compare(const fs::path& model_folder, const fs::path& rows, const json& exp
   save_weights(temporary.path(), loaded.model.config, loaded.model.tensors.masters, StoredDType::f32, *loaded.backend);
   const StoredWeights trained = StoredWeights::of_folder(temporary.path());
   check_digest(training.at("weights"), trained, gradient_tolerance / 10);
-  if (fs::exists(complete / "trained.safetensors")) check_complete(complete / "trained.safetensors", trained, gradient_tolerance / 10);
+  if (fs::exists(complete / "trained.safetensors"))
+    check_complete(complete / "trained.safetensors", trained, gradient_tolerance / 10);
 }
 
 }  // namespace
@@ -196,7 +208,8 @@ TEST_CASE("reference: tiny models score, differentiate and train as in transform
   for (const fs::directory_entry& folder : fs::directory_iterator("tests/fixtures")) {
     if (folder.path().filename().string().rfind("reference_", 0) != 0) continue;
     CAPTURE(folder.path().filename().string());
-    compare(folder.path(), folder.path() / "rows.jsonl", read_json(folder.path() / "expected.json"), folder.path(), 2e-5, 5e-4);
+    compare(folder.path(), folder.path() / "rows.jsonl", read_json(folder.path() / "expected.json"), folder.path(), 2e-5,
+            5e-4);
     ++models;
   }
   CHECK(models >= 3);
@@ -231,7 +244,8 @@ TEST_CASE("reference: logits of the tiny models") {
 
 TEST_SUITE_BEGIN("real");
 
-TEST_CASE("real: SmolLM2-135M-Instruct scores, differentiates and trains as in TRL" * doctest::skip(std::getenv("ORPO_REAL_MODEL") == nullptr)) {
+TEST_CASE("real: SmolLM2-135M-Instruct scores, differentiates and trains as in TRL" *
+          doctest::skip(std::getenv("ORPO_REAL_MODEL") == nullptr)) {
   const json expected = read_json("tests/fixtures/real_smollm2.json");
   const TemporaryFolder temporary;
   const fs::path folder = std::getenv("ORPO_REAL_MODEL");

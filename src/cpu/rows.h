@@ -23,7 +23,8 @@ inline void copy_rows(const Tensor& out, const Tensor& table, const Tensor& indi
   });
 }
 
-// table[indices[i]] += rows[i], in the order of i, but where the index is `left_out`. Each thread owns columns, so equal indices meet in that order.
+// table[indices[i]] += rows[i], in the order of i, but where the index is `left_out`. Each thread owns columns, so
+// equal indices meet in that order.
 template <class To, class From>
 void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices, int64_t left_out = -1) {
   using A = Accumulator<From>;
