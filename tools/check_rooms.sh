@@ -1,5 +1,6 @@
 #!/bin/sh
-# make rooms: every room X has src/cpu/X.cpp, tests/X.cpp and, once cuda/backend.cu exists, cuda/X.cu; and includes follow the arrows
+# make rooms: every room X has src/cpu/X.cpp, tests/X.cpp and, once cuda/backend.cu exists, cuda/X.cu; and includes
+# follow the arrows
 #   tokenizer <- data <- train -> model -> backend.h <- {src/cpu, cuda}
 # Usage: tools/check_rooms.sh ROOM...
 bad=0
@@ -10,7 +11,7 @@ for room in "$@"; do
   [ -f "tests/$room.cpp" ] || say "$room has no tests/$room.cpp"
   [ ! -f cuda/backend.cu ] || [ -f "cuda/$room.cu" ] || say "$room has no cuda/$room.cu"
   for file in "src/cpu/$room.cpp" "cuda/$room.cu"; do
-    [ ! -f "$file" ] || grep -q "${room}_forward\|gather\|adamw" "$file" || say "$file does not hold ${room}_forward"
+    [ ! -f "$file" ] || grep -Eq "::$room(_forward)?\(" "$file" || say "$file does not hold ${room}_forward"
   done
 done
 
@@ -29,7 +30,8 @@ may_include "tokenizer/*.h tokenizer/*.cpp" 'tokenizer/.*|src/(fail|files)\.h'
 may_include "data/*.h data/*.cpp" "data/.*|tokenizer/.*|src/rng\.h|src/files\.h|$core"
 may_include "src/backend.h src/objective.h src/batch.h src/tensor.h" "$core"
 may_include "src/cpu/*.h src/cpu/*.cpp" "src/cpu/.*|$core"
-may_include "src/model.h src/model.cpp src/head.h src/head.cpp src/arena.h src/arena.cpp" "src/(model|head|arena)\.h|$core"
+may_include "src/model.h src/model.cpp src/head.h src/head.cpp src/arena.h src/arena.cpp" \
+  "src/(model|head|arena)\.h|$core"
 for file in src/*.cpp src/*.h src/cpu/* data/* tokenizer/*; do
   case $file in src/safetensors.*) continue ;; esac
   if [ -f "$file" ] && grep -Eq 'q_proj|gate_proj|lm_head\.weight|embed_tokens' "$file"; then

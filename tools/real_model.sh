@@ -1,5 +1,6 @@
 #!/bin/sh
-# Brings SmolLM2-135M-Instruct to FOLDER/SmolLM2-135M-Instruct, once, with a Python environment of its own (numpy and gguf).
+# Brings SmolLM2-135M-Instruct to FOLDER/SmolLM2-135M-Instruct, once, with a Python environment of its own (numpy and
+# gguf).
 # Usage: tools/real_model.sh FOLDER
 set -eu
 folder=$1 model=$1/SmolLM2-135M-Instruct

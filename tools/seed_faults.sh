@@ -1,6 +1,6 @@
 #!/bin/bash
-# Puts each fault of tests/FAULTS.md into a copy of the tree and demands that the named tests fail there. Prints `N passed, N failed`: a fault
-# that no test notices is a failure of the tests.
+# Puts each fault of tests/FAULTS.md into a copy of the tree and demands that the named tests fail there. Prints
+# `N passed, N failed`: a fault that no test notices is a failure of the tests.
 # Usage: tools/seed_faults.sh [PATTERN]     only faults whose name contains PATTERN
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -8,10 +8,10 @@ copy=build/faults
 passed=0 failed=0
 
 mkdir -p $copy
-rsync_tree() { # the tree as it is, without results; time stamps kept so that only what changed is rebuilt
+copy_tree() { # the tree as it is, without results; time stamps kept so that only what changed is rebuilt
   tar -cf - --exclude=./build --exclude=./out --exclude=./.git --exclude='./orpo_*' . | tar -xf - -C $copy
 }
-rsync_tree
+copy_tree
 echo "building the unbroken copy"
 make -s -C $copy build/release/orpo_tests || { echo "0 passed, 1 failed"; exit 1; }
 
