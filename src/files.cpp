@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -20,25 +19,6 @@ namespace fs = std::filesystem;
 
 namespace orpo {
 namespace {
-
-// XXH64 reads little-endian words; so does every machine this trainer runs on.
-static_assert(std::endian::native == std::endian::little);
-
-constexpr uint64_t prime1 = 0x9E3779B185EBCA87u, prime2 = 0xC2B2AE3D27D4EB4Fu, prime3 = 0x165667B19E3779F9u,
-                   prime4 = 0x85EBCA77C2B2AE63u, prime5 = 0x27D4EB2F165667C5u;
-
-template <class Word>
-uint64_t word_at(const std::byte* at) {
-  Word word;
-  std::memcpy(&word, at, sizeof word);
-  return word;
-}
-uint64_t mix_round(uint64_t lane, uint64_t word) { return std::rotl(lane + word * prime2, 31) * prime1; }
-uint64_t merge_lane(uint64_t hash, uint64_t lane) { return (hash ^ mix_round(0, lane)) * prime1 + prime4; }
-
-void add_stripe(uint64_t (&lanes)[4], const std::byte* stripe) {
-  for (int i = 0; i < 4; ++i) lanes[i] = mix_round(lanes[i], word_at<uint64_t>(stripe + 8 * i));
-}
 
 std::string reason() { return std::strerror(errno); }
 
@@ -67,43 +47,13 @@ fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.
 
 }  // namespace
 
-void Hasher::add(std::span<const std::byte> piece) {
-  const size_t held = total_ % sizeof rest_;
-  total_ += piece.size();
-  if (held > 0) {
-    const size_t taken = std::min(piece.size(), sizeof rest_ - held);
-    std::memcpy(rest_ + held, piece.data(), taken);
-    if (held + taken < sizeof rest_) return;
-    add_stripe(lanes_, rest_);
-    piece = piece.subspan(taken);
-  }
-  for (; piece.size() >= sizeof rest_; piece = piece.subspan(sizeof rest_)) add_stripe(lanes_, piece.data());
-  if (!piece.empty()) std::memcpy(rest_, piece.data(), piece.size());
-}
+Hasher::Hasher() { XXH64_reset(&state_, 0); }
 
-uint64_t Hasher::value() const {
-  uint64_t hash = prime5;  // seed 0
-  if (total_ >= sizeof rest_) {
-    hash = std::rotl(lanes_[0], 1) + std::rotl(lanes_[1], 7) + std::rotl(lanes_[2], 12) + std::rotl(lanes_[3], 18);
-    for (const uint64_t lane : lanes_) hash = merge_lane(hash, lane);
-  }
-  hash += total_;
-  const std::byte* at = rest_;
-  size_t left = total_ % sizeof rest_;
-  for (; left >= 8; at += 8, left -= 8)
-    hash = std::rotl(hash ^ mix_round(0, word_at<uint64_t>(at)), 27) * prime1 + prime4;
-  for (; left >= 4; at += 4, left -= 4) hash = std::rotl(hash ^ (word_at<uint32_t>(at) * prime1), 23) * prime2 + prime3;
-  for (; left > 0; ++at, --left) hash = std::rotl(hash ^ (word_at<uint8_t>(at) * prime5), 11) * prime1;
-  hash = (hash ^ (hash >> 33)) * prime2;
-  hash = (hash ^ (hash >> 29)) * prime3;
-  return hash ^ (hash >> 32);
-}
+void Hasher::add(std::span<const std::byte> piece) { XXH64_update(&state_, piece.data(), piece.size()); }
 
-uint64_t xxh64(std::span<const std::byte> data) {
-  Hasher hasher;
-  hasher.add(data);
-  return hasher.value();
-}
+uint64_t Hasher::value() const { return XXH64_digest(&state_); }
+
+uint64_t xxh64(std::span<const std::byte> data) { return XXH64(data.data(), data.size(), 0); }
 
 std::string hash_text(uint64_t hash) {
   char text[17];

@@ -10,19 +10,21 @@
 #include <string>
 #include <string_view>
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 namespace orpo {
 
 // XXH64 with seed 0 (Collet, the xxHash specification), over pieces in order: the checksum of every tensor and file of
 // a checkpoint.
 class Hasher {
  public:
+  Hasher();
   void add(std::span<const std::byte> piece);
   uint64_t value() const;
 
  private:
-  uint64_t lanes_[4] = {0x60EA27EEADC0B5D6u, 0xC2B2AE3D27D4EB4Fu, 0, 0x61C8864E7A143579u};
-  uint64_t total_ = 0;
-  std::byte rest_[32];  // the total_ % 32 bytes that do not fill a stripe yet
+  XXH64_state_t state_;
 };
 
 uint64_t xxh64(std::span<const std::byte> data);
