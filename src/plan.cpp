@@ -76,6 +76,16 @@ MemoryPlan rehearse(const PlanRequest& r, int64_t micro_tokens) {
   return plan;
 }
 
+// The rows of the longest pair that fits alone; 0: none does.
+int64_t longest_that_fits(PlanRequest r, int64_t memory) {
+  int64_t fits = 0, too_many = r.largest_pair_rows;
+  while (too_many - fits > 1) {
+    r.largest_pair_rows = fits + (too_many - fits) / 2;
+    (rehearse(r, r.largest_pair_rows).total() <= memory ? fits : too_many) = r.largest_pair_rows;
+  }
+  return fits;
+}
+
 }  // namespace
 
 int64_t largest_pair(int64_t max_length) { return std::max<int64_t>(1, 2 * (max_length - 1)); }
@@ -106,11 +116,14 @@ MemoryPlan make_plan(const PlanRequest& r, int64_t memory) {
   if (plan.total() <= memory) return plan;
 
   MemoryPlan least = rehearse(r, std::min(wanted, r.largest_pair_rows));
-  if (least.total() > memory)
+  if (least.total() > memory) {
+    const int64_t longest = longest_that_fits(r, memory) / 2 + 1;  // largest_pair() the other way round
     fail("this run needs ", bytes_text(least.total()), " even with one pair of ", r.largest_pair_rows,
          " rows at a time, and there are ", bytes_text(memory), ": ", bytes_text(least.state_bytes), " for ",
          r.trains ? "weights, gradients and moments" : "weights", ", ", bytes_text(least.scratch_bytes),
-         " for the pair; use a smaller model", least.state_bytes < memory ? " or a smaller --max-length" : "");
+         " for the pair; use a smaller model",
+         longest > 1 ? concat(" or --max-length ", longest, ", the largest that fits") : "");
+  }
   int64_t fits = least.micro_tokens, too_many = wanted;
   while (too_many - fits > 1) {
     const int64_t middle = fits + (too_many - fits) / 2;

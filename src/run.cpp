@@ -104,6 +104,7 @@ void Run::open_checkpoint(const Options& given) {
     if (!given.given.count("output")) options_.output = folder.parent_path().string();
     if (fs::weakly_canonical(options_.output) != folder.parent_path() && !remains_of_a_run(options_.output).empty())
       fail("--output: ", options_.output, " holds another run than ", given.resume, "; name another folder");
+    if (fs::is_directory(options_.output)) lock_.emplace(options_.output);
     checkpoint_ = orpo::open_checkpoint(folder);
   } else if (fs::is_directory(given.output)) {
     lock_.emplace(given.output);

@@ -118,6 +118,11 @@ TEST_CASE("what does not fit is refused, and the size that is named fits") {
   CHECK(chosen.total() <= memory);
   CHECK(chosen.micro_tokens >= r.largest_pair_rows);
   CHECK_THROWS_WITH_AS(make_plan(r, 1000), doctest::Contains("even with one pair of 27 rows at a time"), UserError);
+  r.micro_tokens = 1, r.largest_pair_rows = largest_pair(500);
+  const int64_t enough = make_plan(r, int64_t{1} << 40).total();
+  r.largest_pair_rows = largest_pair(1000);
+  CHECK_THROWS_WITH_AS(make_plan(r, enough), doctest::Contains("or --max-length 500, the largest that fits"),
+                       UserError);
 }
 
 }  // namespace

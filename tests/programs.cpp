@@ -2,8 +2,10 @@
 #include "tests/programs.h"
 
 #include <chrono>
+#include <optional>
 #include <thread>
 
+#include "src/files.h"
 #include "tests/check.h"
 
 namespace orpo::test {
@@ -58,6 +60,11 @@ TEST_CASE("a resumed run is the straight run, bit for bit") {
     const Outcome outcome = run("orpo_train", {"--resume", "--output", resumed}, work.folder.path());
     REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
     std::vector<Json> straight = metrics_of(work.out);
+    CHECK(straight[0].at("learning_rate") == 0);  // the first of two steps of warm-up
+    CHECK(straight[1].at("learning_rate") == 0.0015);
+    CHECK(straight[2].at("learning_rate") == 0.003);
+    const fs::path state = resumed / "checkpoint-6/trainer_state.json";
+    CHECK(parse_json(text_of(state), state.string()).at("log_history").size() == 6);
     straight.erase(straight.begin(), straight.begin() + 3);
     check_same_lines(straight, metrics_of(resumed));
     CHECK(text_of(work.out / "model.safetensors") == text_of(resumed / "model.safetensors"));
@@ -70,7 +77,12 @@ TEST_CASE("a checkpoint named by its folder goes on in the run's own folder, or 
   const Workplace work, other;
   REQUIRE(work.train({"--max-steps", "2", "--save-every", "1", "--dtype", "fp32"}).status == 0);
   const std::string checkpoint = work.out / "checkpoint-1";
+  std::optional<FolderLock> writer(std::in_place, work.out);  // as a process that still trains there
   Outcome outcome = run("orpo_train", {"--resume", checkpoint, "--max-steps", "3"}, work.folder.path());
+  CHECK(outcome.last_error_line().find("another process is writing there") != std::string::npos);
+  CHECK(outcome.err.find('\n') + 1 == outcome.err.size());  // before anything is read
+  writer.reset();
+  outcome = run("orpo_train", {"--resume", checkpoint, "--max-steps", "3"}, work.folder.path());
   CHECK_MESSAGE(outcome.status == 0, outcome.err);
   CHECK(metrics_of(work.out).size() == 3);
   REQUIRE(other.train({"--max-steps", "1", "--dtype", "fp32"}).status == 0);
