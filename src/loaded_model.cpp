@@ -7,11 +7,7 @@ namespace orpo {
 namespace {
 
 PlanRequest reading(const Options& options, const Config& config, const PairSet& set) {
-  PlanRequest request;
-  request.config = config;
-  request.dtype = resolve_dtype(options.dtype);
-  request.head = head_settings(options);
-  request.micro_tokens = options.micro_tokens;
+  PlanRequest request = plan_request(options, config);
   request.largest_pair_rows = set.report().largest_pair_rows;
   request.step_pairs = set.size();
   request.trains = false;

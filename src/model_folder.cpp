@@ -107,12 +107,12 @@ void append(std::vector<FilePart>& parts, std::vector<FilePart> more) {
   parts.insert(parts.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
 }
 
+}  // namespace
+
 bool is_weights_file(const std::string& name) {
   return name == "model.safetensors" || name == "model.safetensors.index.json" ||
          (name.starts_with("model-") && name.ends_with(".safetensors"));
 }
-
-}  // namespace
 
 StoredDType load_weights(const fs::path& folder, const Config& config, const Weights& weights, Backend& backend) {
   const StoredWeights stored = StoredWeights::of_folder(folder);

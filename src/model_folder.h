@@ -33,6 +33,9 @@ std::vector<FilePart> save_weights(const std::filesystem::path& folder, const Co
 void save_gradients(const std::filesystem::path& file, const Config& config, const Weights& gradients,
                     Backend& backend);
 
+// Whether a file of this name holds a folder's weights, or the index of their shards.
+bool is_weights_file(const std::string& name);
+
 // What a saved model folder is made from besides the weights.
 struct ModelSource {
   std::filesystem::path folder;  // its tokenizer, template and generation files are copied byte for byte

@@ -25,8 +25,7 @@ std::vector<fs::path> remains_of_a_run(const fs::path& out) {
   for (const fs::directory_entry& entry : fs::directory_iterator(out)) {
     const std::string name = entry.path().filename();
     if (name == "metrics.jsonl" || name == "options.toml" || name.starts_with("events.out.tfevents.") ||
-        name.starts_with("checkpoint-") || name.starts_with("model.safetensors") ||
-        (name.starts_with("model-") && name.ends_with(".safetensors")))
+        name.starts_with("checkpoint-") || is_weights_file(name))
       remains.push_back(entry.path());
   }
   return remains;
@@ -131,11 +130,7 @@ void Run::open_checkpoint(const Options& given) {
 
 void Run::open_memory() {
   const Config& config = source_.description.config;
-  PlanRequest request;
-  request.config = config;
-  request.dtype = resolve_dtype(options_.dtype);
-  request.head = head_settings(options_);
-  request.micro_tokens = options_.micro_tokens;
+  PlanRequest request = plan_request(options_, config);
   request.largest_pair_rows =
       std::max(data_->report().largest_pair_rows, eval_data_ ? eval_data_->report().largest_pair_rows : 0);
   request.step_pairs = std::max(std::min(options_.batch_pairs, data_->size()), eval_data_ ? eval_data_->size() : 0);
@@ -187,10 +182,23 @@ void Run::load_state() {
          ", and its checkpoint is of step ", done, "; give more, or resume from an earlier checkpoint");
 }
 
+// A run that cannot be written at its end is not begun: the model, and where checkpoints are asked for one more than
+// is kept, with fp32 masters and moments.
+void Run::check_free_space(const fs::path& out) const {
+  const int64_t parameters = model_->config.parameters(), model = parameters * stored_dtype_bytes(source_.dtype);
+  const int64_t needed = model + (options_.save_every > 0 ? (options_.keep + 1) * (model + parameters * 12) : 0);
+  std::error_code unknown;
+  const fs::space_info space = fs::space(out, unknown);
+  if (!unknown && space.available < static_cast<uint64_t>(needed))
+    fail_machine("--output: ", out.string(), " is on a device with ", bytes_text(static_cast<int64_t>(space.available)),
+                 " free; this run writes up to ", bytes_text(needed));
+}
+
 // From here on the output folder is this run's.
 void Run::open_output() {
   const fs::path out = options_.output;
   make_folder(out);
+  check_free_space(out);
   if (!lock_) lock_.emplace(out);
   if (!checkpoint_)
     for (const fs::path& old : remains_of_a_run(out)) remove_tree(old);

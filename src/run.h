@@ -65,6 +65,7 @@ class Run {
   void open_memory();
   void load_state();
   void open_output();
+  void check_free_space(const std::filesystem::path& out) const;
   void say_what_runs() const;
   MetricList base_metrics() const;  // step, epoch
   void write_metrics(const MetricList& metrics);

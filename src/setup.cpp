@@ -95,13 +95,18 @@ std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std
   return set;
 }
 
-void print_plan(Options options) {
-  const ModelDescription description = read_model_config(options.model);
+PlanRequest plan_request(const Options& options, const Config& config) {
   PlanRequest request;
-  request.config = description.config;
+  request.config = config;
   request.dtype = resolve_dtype(options.dtype);
   request.head = head_settings(options);
   request.micro_tokens = options.micro_tokens;
+  return request;
+}
+
+void print_plan(Options options) {
+  const ModelDescription description = read_model_config(options.model);
+  PlanRequest request = plan_request(options, description.config);
   request.step_pairs = options.batch_pairs;
   resolve_lengths(options, request.config);
   request.largest_pair_rows = largest_pair(options.max_length);

@@ -33,6 +33,9 @@ void resolve_lengths(Options& options, const Config& config);
 std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std::string>& files, const Config& config,
                                    const char* what);
 
+// What a plan for these options knows before the rows are read: sizes, dtype, head, --micro-tokens.
+PlanRequest plan_request(const Options& options, const Config& config);
+
 // --plan: the table on stdout. Works from config.json alone; with rows to read, the largest pair is theirs.
 void print_plan(Options options);
 

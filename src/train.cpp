@@ -77,10 +77,10 @@ int save_first_gradients(Run& run, const std::string& file) {
 
 int train(const Options& options) {
   if (options.plan) return print_plan(options), exit_finished;
-  Run run(options);
-  if (!options.save_gradients.empty()) return save_first_gradients(run, options.save_gradients);
   catch_stop_signals();
   stop_after(options.stop_after_seconds);
+  Run run(options);
+  if (!options.save_gradients.empty()) return save_first_gradients(run, options.save_gradients);
   while (true) {
     const bool last = run.done >= run.total_steps;
     if ((run.done == 0 || last || run.due(run.options().eval_every)) && !run.evaluate()) return run.stop();
