@@ -7,13 +7,21 @@ cd "$(dirname "$0")/.."
 copy=build/faults
 passed=0 failed=0
 
-mkdir -p $copy
-copy_tree() { # the tree as it is, without results; time stamps kept so that only what changed is rebuilt
-  tar -cf - --exclude=./build --exclude=./out --exclude=./.git --exclude='./orpo_*' . | tar -xf - -C $copy
-}
-copy_tree
-echo "building the unbroken copy"
-make -s -C $copy build/release/orpo_tests || { echo "0 passed, 1 failed"; exit 1; }
+# The tree and what is built of it, without results; time stamps kept, so that only what a fault changes is built again.
+mkdir -p $copy/build
+tar -cf - --exclude=./build --exclude=./out --exclude=./.git . | tar -xf - -C $copy
+[[ ! -d build/release ]] || cp -a build/release build/.packages $copy/build/
+build() { make -s -C $copy all build/release/orpo_tests >$copy/log 2>&1; }
+run_tests() { (cd $copy && timeout 600 build/release/orpo_tests --test-case="$1" >log 2>&1); }
+rows() { grep -E '^\| [a-z]' tests/FAULTS.md | grep -v '^| fault '; }
+
+echo "the unbroken copy"
+all_tests=$(rows | cut -d'|' -f5 | sed 's/^ *`//; s/` *$//' | paste -sd,)
+if ! build || ! run_tests "$all_tests"; then
+  tail -n 20 $copy/log
+  echo "0 passed, 1 failed"
+  exit 1
+fi
 
 # Rows of the table in FAULTS.md: | name | file | sed expression | tests (doctest pattern) |
 while IFS='|' read -r _ name file expression tests _; do
@@ -25,15 +33,15 @@ while IFS='|' read -r _ name file expression tests _; do
   if cmp -s "$copy/$file" "$copy/unbroken"; then
     echo "NOT SEEDED  $name: the expression changes nothing in $file"; failed=$((failed + 1)); continue
   fi
-  if ! make -s -C $copy build/release/orpo_tests >$copy/log 2>&1; then
+  if ! build; then
     echo "NOT BUILT   $name"; tail -n 5 $copy/log; failed=$((failed + 1))
-  elif (cd $copy && timeout 300 build/release/orpo_tests --test-case="$tests" >log 2>&1); then
+  elif run_tests "$tests"; then
     echo "UNNOTICED   $name ($tests)"; failed=$((failed + 1))
   else
     echo "caught      $name: $(grep -c 'ERROR' $copy/log) checks fail"; passed=$((passed + 1))
   fi
   cp "$copy/unbroken" "$copy/$file"
-done < <(grep -E '^\| [a-z]' tests/FAULTS.md | grep -v '^| fault ')
-make -s -C $copy build/release/orpo_tests >/dev/null 2>&1
+done < <(rows)
+build
 echo "$passed passed, $failed failed"
 [[ $failed == 0 ]]
