@@ -223,6 +223,10 @@ void Run::say_what_runs() const {
                 bytes_text(plan_.total()), ", micro-batches of ", plan_.micro_tokens, " rows (--plan shows more)");
 }
 
+// mfu is against the best rate of the run: on a machine that was busy at the start that is a later one. Costs less than
+// a tenth of a second.
+void Run::measure_rate() { gemm_rate_ = std::max(gemm_rate_, measure_gemm_rate(*backend_, model_->dtype)); }
+
 AdamW Run::next_update() const {
   const Options& o = options_;
   const double factor = schedule_factor(o.lr_schedule, done, o.warmup_steps, total_steps);
@@ -255,6 +259,7 @@ void Run::log(const StepResult& r) {
   MetricList m = base_metrics();
   for (const auto& entry : preference_metrics(r.sums, model_->head)) m.push_back(entry);
   const double flops = r.work.training_flops(model_->config);
+  if (flops / seconds > gemm_rate_) measure_rate();
   for (const auto& [name, value] : MetricList{{"grad_norm", r.gradients.norm},
                                               {"learning_rate", r.learning_rate},
                                               {"tokens_per_second", r.work.tokens / seconds},
@@ -300,6 +305,7 @@ bool Run::evaluate() {
   for (const auto& entry : preference_metrics(*sums, model_->head, "eval_")) m.push_back(entry);
   write_metrics(m);
   evaluated_ = done;
+  measure_rate();
   console().say("evaluation at step ", done, ":", headline(m, "eval_"));
   step_end_ = Clock::now();
   return true;

@@ -65,6 +65,7 @@ class Run {
   void open_memory();
   void load_state();
   void open_output();
+  void measure_rate();
   void check_free_space(const std::filesystem::path& out) const;
   void say_what_runs() const;
   MetricList base_metrics() const;  // step, epoch
