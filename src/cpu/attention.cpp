@@ -260,14 +260,14 @@ template <class T> struct Backward : Geometry<T> {
     const int64_t segment = this->segment_of_query_tile(tile_index);
     const int64_t block =
         ((tile_index - this->queries.first[segment]) * shape.kv_heads + kv_head) * this->query_block();
-    const auto [begin, end] = std::equal_range(strips.begin(), strips.end(), Strip{segment, 0, 0, 0},
-                                               [](const Strip& a, const Strip& b) { return a.segment < b.segment; });
+    const auto own = std::equal_range(strips.begin(), strips.end(), Strip{segment, 0, 0, 0},
+                                      [](const Strip& a, const Strip& b) { return a.segment < b.segment; });
     for (int64_t r = 0; r < tile.count * group; ++r) {
       const int64_t head = kv_head * group + r / tile.count;
       T* to = dqkv + (tile.row + r % tile.count) * this->qkv_pitch() + head * head_dim;
       for_vectors<A>(head_dim, [&](int64_t i, auto n) {
         Vector<A> sum{};
-        for (auto strip = begin; strip != end; ++strip)
+        for (auto strip = own.first; strip != own.second; ++strip)
           sum += load(dq + strip->dq * this->query_block() + block + r * width + i);
         store(to + i, sum * A(shape.scale), n);
       });

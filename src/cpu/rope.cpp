@@ -68,13 +68,14 @@ void rotate(const char* op, Tables& tables, const Tensor& qkv, const Tensor& pos
   const int32_t* position = positions.as<const int32_t>();
   const int64_t rows = qkv.rows(), half = shape.rotary_dim / 2;
   if (rows == 0) return;
-  const auto [least, most] = std::minmax_element(position, position + rows);
-  REQUIRE_SHAPE(op, *least >= 0, "a position is ", *least);
+  const auto range = std::minmax_element(position, position + rows);
+  const int64_t least = *range.first, most = *range.second;
+  REQUIRE_SHAPE(op, least >= 0, "a position is ", least);
   with_dtype(op, qkv.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
     auto& table = tables.template of<A>();
-    table.cover(shape, *most + int64_t{1});
+    table.cover(shape, most + 1);
     for_rows(rows, [&](int64_t row) {
       const A* cosine = table.values.data() + position[row] * shape.rotary_dim;
       for (int head = 0; head < shape.heads + shape.kv_heads; ++head)
