@@ -7,13 +7,15 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <cstring>
 
 namespace orpo {
 
 inline void wait_without_spinning(char** argv) {
   if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
   setenv("OMP_WAIT_POLICY", "passive", 1);
-  execv("/proc/self/exe", argv);  // returns only where it failed: then the threads spin
+  execv("/proc/self/exe", argv);  // returns only where it failed: /proc is not mounted
+  if (std::strchr(argv[0], '/')) execv(argv[0], argv);
 }
 
 }  // namespace orpo
