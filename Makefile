@@ -91,6 +91,7 @@ rooms:
 	@tools/check_rooms.sh $(rooms)
 
 fuzz: $(fuzzers)
+.SECONDARY: $(sources:%.cpp=build/fuzz/objects/%.o)
 fuzz_flags := -std=c++20 -O1 -g -fopenmp=libgomp -march=$(ARCH) -I. -fsanitize=address
 build/fuzz/objects/%.o: %.cpp | build/.packages
 	@mkdir -p $(@D)
