@@ -31,7 +31,7 @@ binaries := $(programs:%=$(if $(filter release,$(BUILD)),,$(OUT)/)orpo_%)
 packages := g++=g++ libdnnl-dev=dnnl.hpp libsentencepiece-dev=sentencepiece_processor.h libpcre2-dev=pcre2.h zlib1g-dev=zlib.h \
             nlohmann-json3-dev=nlohmann/json.hpp libtomlplusplus-dev=toml++/toml.h libsimdjson-dev=simdjson.h libxxhash-dev=xxhash.h doctest-dev=doctest/doctest.h
 
-ifeq ($(filter -j% --jobs%,$(MAKEFLAGS)),)
+ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 
