@@ -54,7 +54,8 @@ TEST_CASE("each template is recognised in its Jinja spellings and renders as the
 }
 
 TEST_CASE("other Jinja texts are none of the named templates") {
-  for (const Json& jinja : cases()["unknown"]) {
+  const Json unknown = cases()["unknown"];
+  for (const Json& jinja : unknown) {
     CAPTURE(jinja.dump());
     CHECK(!recognise_template(jinja, texts));
   }
