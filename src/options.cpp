@@ -229,6 +229,7 @@ std::vector<Option> build_table() {
       .shown_as("the machine's")
       .asks();
   add(train, flag("plan", &O::plan), "print the memory the run takes and stop; works from config.json alone").asks();
+  add(train, flag("profile", &O::profile), "time by operation of the fastest step: printed, and in profile.json").asks();
 
   group = "Results";
   add(train, text("output", "DIR", &O::output), "becomes a Hugging Face folder; metrics and checkpoints inside")

@@ -9,6 +9,7 @@
 #include "src/json.h"
 #include "src/setup.h"
 #include "src/signals.h"
+#include "src/timed_backend.h"
 
 namespace orpo {
 namespace {
@@ -24,8 +25,8 @@ std::vector<fs::path> remains_of_a_run(const fs::path& out) {
   if (!fs::is_directory(out)) return remains;
   for (const fs::directory_entry& entry : fs::directory_iterator(out)) {
     const std::string name = entry.path().filename();
-    if (name == "metrics.jsonl" || name == "options.toml" || name.starts_with("events.out.tfevents.") ||
-        name.starts_with("checkpoint-") || is_weights_file(name))
+    if (name == "metrics.jsonl" || name == "options.toml" || name == "profile.json" ||
+        name.starts_with("events.out.tfevents.") || name.starts_with("checkpoint-") || is_weights_file(name))
       remains.push_back(entry.path());
   }
   return remains;
@@ -92,7 +93,8 @@ Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
   load_state();
   if (writes) open_output();
   say_what_runs();
-  step_end_ = Clock::now();
+  start_seconds_ = seconds_since(start_);
+  begin_step();
 }
 
 // --resume: the newest whole checkpoint of --output, or the folder named. A run that was stopped before its first
@@ -137,6 +139,7 @@ void Run::open_memory() {
   plan_ = make_plan(request, options_.device_memory ? options_.device_memory : available_memory());
 
   backend_ = open_backend(options_);
+  if (options_.profile) backend_ = make_timed_backend(std::move(backend_), config.layers, profile_);
   gemm_rate_ = measure_gemm_rate(*backend_, request.dtype);
   state_.emplace("state", *backend_, plan_.state_bytes);
   scratch_.emplace("scratch", *backend_, plan_.scratch_bytes);
@@ -253,12 +256,18 @@ void Run::write_metrics(const MetricList& metrics) {
   history_.push_back(json_line(metrics));
 }
 
-void Run::log(const StepResult& r) {
-  const double seconds = seconds_since(step_end_);
+// A step's time runs from the end of what came before it.
+void Run::begin_step() {
   step_end_ = Clock::now();
+  profile_.begin_step();
+}
+
+void Run::log(const StepResult& r) {
+  const double seconds = seconds_since(step_end_), flops = r.work.training_flops(model_->config);
+  profile_.end_step(r.work.tokens, r.work.pairs, flops);
+  begin_step();
   MetricList m = base_metrics();
   for (const auto& entry : preference_metrics(r.sums, model_->head)) m.push_back(entry);
-  const double flops = r.work.training_flops(model_->config);
   if (flops / seconds > gemm_rate_) measure_rate();
   for (const auto& [name, value] : MetricList{{"grad_norm", r.gradients.norm},
                                               {"learning_rate", r.learning_rate},
@@ -307,12 +316,13 @@ bool Run::evaluate() {
   evaluated_ = done;
   measure_rate();
   console().say("evaluation at step ", done, ":", headline(m, "eval_"));
-  step_end_ = Clock::now();
+  begin_step();
   return true;
 }
 
 void Run::save() {
   if (saved_ == done) return;
+  const Clock::time_point start = Clock::now();
   const Options& o = options_;
   TrainingState state;
   state.step = done;
@@ -331,17 +341,36 @@ void Run::save() {
   const fs::path folder = save_checkpoint(o.output, state, source_, {t.masters, t.first, t.second}, o.keep, *backend_);
   saved_ = done;
   console().say("saved ", folder.string());
-  step_end_ = Clock::now();
+  saving_seconds_ = seconds_since(start);
+  begin_step();
 }
 
 int Run::stop() {
   console().say(stop_reason(), ": stopping after step ", done);
+  if (options_.profile && profile_.steps() > 0) write_profile();
   save();
   console().say("stopped; --resume --output ", options_.output, " goes on");
   return exit_stopped;
 }
 
+// --profile: the fastest step's table on stdout; in OUT/profile.json with what the run took besides.
+void Run::write_profile() const {
+  const StepProfile& step = profile_.fastest();
+  std::fputs(profile_table(step, gemm_rate_).c_str(), stdout);
+  Json json = profile_json(step), memory = Json::array();
+  for (const MemoryPlan::Line& line : plan_.lines) memory.push_back({{"what", line.what}, {"bytes", line.bytes}});
+  json["dtype"] = dtype_name(model_->dtype);
+  json["gemm_rate"] = gemm_rate_;
+  json["micro_tokens"] = plan_.micro_tokens;
+  json["memory"] = memory;
+  json["peak_memory_bytes"] = peak_resident_bytes();
+  json["start_seconds"] = start_seconds_;
+  json["checkpoint_seconds"] = saving_seconds_;
+  write_file_atomically(fs::path(options_.output) / "profile.json", json.dump(1) + "\n");
+}
+
 int Run::finish() {
+  if (options_.profile && profile_.steps() > 0) write_profile();
   if (done > 0 && skipped == done)
     fail("loss or gradient was not finite in any of ", done,
          " steps, so nothing was learned and no model is written; look at the weights of ", options_.model);

@@ -16,6 +16,7 @@
 #include "src/metrics.h"
 #include "src/model_folder.h"
 #include "src/plan.h"
+#include "src/profile.h"
 #include "src/trainer.h"
 
 namespace orpo {
@@ -65,6 +66,7 @@ class Run {
   void open_memory();
   void load_state();
   void open_output();
+  void begin_step();
   void measure_rate();
   void check_free_space(const std::filesystem::path& out) const;
   void say_what_runs() const;
@@ -72,6 +74,7 @@ class Run {
   void write_metrics(const MetricList& metrics);
   void show_progress(const MetricList& metrics, double seconds);
   void report_skipped(const StepResult& result);
+  void write_profile() const;
 
   Options options_;
   std::optional<FolderLock> lock_;
@@ -79,6 +82,7 @@ class Run {
   ModelSource source_;
   std::unique_ptr<PairSet> data_, eval_data_;
   std::optional<Sampler> sampler_;
+  Profile profile_;  // filled with --profile; outlives the backend that fills it
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Communicator> communicator_ = make_single_communicator();
   MemoryPlan plan_;
@@ -91,6 +95,7 @@ class Run {
   int64_t evaluated_ = -1, saved_ = -1;  // step of the last evaluation, of the last checkpoint
   int64_t done_at_start_ = 0;
   double stepping_seconds_ = 0;  // in steps after the first
+  double start_seconds_ = 0, saving_seconds_ = 0;  // before the first step; in the last checkpoint
   std::chrono::steady_clock::time_point start_, step_end_;
 };
 

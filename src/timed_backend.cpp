@@ -1,0 +1,171 @@
+#include "src/timed_backend.h"
+
+namespace orpo {
+namespace {
+
+double total_bytes(std::initializer_list<const Tensor*> tensors) {
+  double bytes = 0;
+  for (const Tensor* t : tensors) bytes += static_cast<double>(t->bytes());
+  return bytes;
+}
+
+// (query, key) pairs under the causal mask; a window is not taken into account.
+double visible(const Batch& batch) {
+  const auto part = [](double before, double rows) { return rows * before + rows * (rows + 1) / 2; };
+  double sum = 0;
+  for (const Segment& s : batch.segments)
+    sum += part(0, s.trunk) + part(s.trunk, s.chosen) + part(s.trunk, s.rejected);
+  return sum;
+}
+
+class TimedBackend final : public Backend {
+ public:
+  TimedBackend(std::unique_ptr<Backend> inner, int layers, Profile& profile)
+      : inner_(std::move(inner)), layers_(layers), profile_(profile) {}
+
+  std::string name() const override { return inner_->name(); }
+  void* allocate(int64_t bytes) override { return inner_->allocate(bytes); }
+  void release(void* memory, int64_t bytes) override { inner_->release(memory, bytes); }
+  void synchronize() override { inner_->synchronize(); }
+  void begin(int layer, Pass pass) override {
+    layer_ = layer;
+    inner_->begin(layer, pass);
+  }
+  void end(int layer, Pass pass) override {
+    layer_ = outside;
+    inner_->end(layer, pass);
+  }
+
+  void upload(const Tensor& device, const void* host) override {
+    timed(Part::data, 0, {&device}, [&] { inner_->upload(device, host); }, Part::data);
+  }
+  void download(void* host, const Tensor& device) override {
+    timed(Part::data, 0, {&device}, [&] { inner_->download(host, device); });
+  }
+  // Outside the layers it is gradients that are zeroed.
+  void zero(const Tensor& x) override {
+    timed(layer_ == outside ? Part::optimizer : Part::head, 0, {&x}, [&] { inner_->zero(x); });
+  }
+  void convert(const Tensor& out, const Tensor& in) override {
+    timed(Part::optimizer, 0, {&out, &in}, [&] { inner_->convert(out, in); });
+  }
+
+  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
+    timed(Part::embedding, 0, {&out, &out}, [&] { inner_->embedding_forward(out, weight, tokens); });
+  }
+  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) override {
+    timed(Part::embedding, 0, {&dout, &dout}, [&] { inner_->embedding_backward(dweight, dout, tokens, padding); });
+  }
+  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
+    const ProductShape shape{false, false, in.rows(), weight.rows(), weight.columns(), out.dtype != in.dtype,
+                             out.pitch(), layer_ == layers_};
+    timed_product(shape, 1, {&out, &in, &weight}, [&] { inner_->linear_forward(out, in, weight, bias); });
+  }
+  void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
+                       const Tensor& in, const Tensor& weight) override {
+    const ProductShape shape{true, static_cast<bool>(din), in.rows(), weight.rows(), weight.columns(), false,
+                             dout.pitch(), layer_ == layers_};
+    timed_product(shape, din ? 2 : 1, {&din, &dweight, &dweight, &dout, &in, &weight},
+                  [&] { inner_->linear_backward(din, dweight, dbias, dout, in, weight); });
+  }
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
+                    const Tensor& branch, const Tensor& weight, double epsilon) override {
+    timed(Part::norm, 0, {&out, &sum, &residual, &branch},
+          [&] { inner_->norm_forward(out, sum, rstd, residual, branch, weight, epsilon); });
+  }
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
+                     const Tensor& rstd, const Tensor& weight) override {
+    timed(Part::norm, 0, {&dsum, &dsum, &dout, &sum},
+          [&] { inner_->norm_backward(dsum, dweight, dout, sum, rstd, weight); });
+  }
+  void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
+    timed(Part::rope, 0, {&qkv, &qkv}, [&] { inner_->rope_forward(qkv, positions, shape); });
+  }
+  void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape) override {
+    timed(Part::rope, 0, {&dqkv, &dqkv}, [&] { inner_->rope_backward(dqkv, positions, shape); });
+  }
+  // Useful FLOPs: two products forward, four backward; the scores that the backward pass makes again are not counted.
+  void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
+                         const AttentionShape& shape) override {
+    timed(Part::attention, 4 * visible(*batch.host) * static_cast<double>(out.columns()), {&out, &lse, &qkv},
+          [&] { inner_->attention_forward(out, lse, qkv, batch, shape); });
+  }
+  void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                          const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override {
+    timed(Part::attention, 8 * visible(*batch.host) * static_cast<double>(out.columns()),
+          {&dqkv, &dout, &out, &lse, &qkv}, [&] { inner_->attention_backward(dqkv, dout, out, lse, qkv, batch, shape); });
+  }
+  void activation_forward(const Tensor& out, const Tensor& gate_up) override {
+    timed(Part::activation, 0, {&out, &gate_up}, [&] { inner_->activation_forward(out, gate_up); });
+  }
+  void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) override {
+    timed(Part::activation, 0, {&dgate_up, &dout, &gate_up},
+          [&] { inner_->activation_backward(dgate_up, dout, gate_up); });
+  }
+  void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {
+    timed(Part::head, 0, {&out, &out}, [&] { inner_->gather(out, in, target_rows); });
+  }
+  void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows) override {
+    timed(Part::head, 0, {&din, &din, &din}, [&] { inner_->scatter_add(dout, din, target_rows); });
+  }
+  void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) override {
+    timed(Part::head, 0, {&logits}, [&] { inner_->head_forward(logp, lse, logits, target_tokens); });
+  }
+  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+                  Objective objective, double lambda, const Normalisers& normalisers,
+                  bool nll_includes_prompt) override {
+    timed(Part::head, 0, {&coefficient, &logp}, [&] {
+      inner_->preference(results, coefficient, logp, pair_targets, objective, lambda, normalisers, nll_includes_prompt);
+    });
+  }
+  void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
+                     const Tensor& coefficient, const Tensor& target_tokens) override {
+    timed(Part::head, 0, {&dlogits, &logits},
+          [&] { inner_->head_backward(dlogits, logits, lse, logp, coefficient, target_tokens); });
+  }
+  double sum_of_squares(const Tensor& gradient) override {
+    double sum = 0;
+    timed(Part::optimizer, 0, {&gradient}, [&] { sum = inner_->sum_of_squares(gradient); });
+    return sum;
+  }
+  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
+             const Tensor& gradient, const AdamW& settings) override {
+    const Tensor own_copy = weight.data == master.data ? Tensor() : weight;
+    timed(Part::optimizer, 0, {&own_copy, &master, &master, &first, &first, &second, &second, &gradient},
+          [&] { inner_->adamw(weight, master, first, second, gradient, settings); });
+  }
+
+ private:
+  static constexpr int outside = -2;  // no bracket is open
+
+  // tensors: each named as often as it is read or written.
+  template <class Operation>
+  void timed(Part part, double flops, std::initializer_list<const Tensor*> tensors, Operation&& operation,
+             Part before = Part::host) {
+    const auto start = Profile::Clock::now();
+    operation();
+    inner_->synchronize();
+    profile_.add(part, start, flops, total_bytes(tensors), before);
+  }
+  template <class Operation>
+  void timed_product(const ProductShape& s, int products, std::initializer_list<const Tensor*> tensors,
+                     Operation&& operation) {
+    const auto start = Profile::Clock::now();
+    operation();
+    inner_->synchronize();
+    const double flops = 2.0 * static_cast<double>(s.rows) * static_cast<double>(s.n) * static_cast<double>(s.k);
+    profile_.add(s, start, products * flops, total_bytes(tensors));
+  }
+
+  std::unique_ptr<Backend> inner_;
+  int layers_, layer_ = outside;
+  Profile& profile_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_timed_backend(std::unique_ptr<Backend> inner, int layers, Profile& profile) {
+  return std::make_unique<TimedBackend>(std::move(inner), layers, profile);
+}
+
+}  // namespace orpo
