@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
+#include <queue>
+#include <set>
+#include <utility>
 
 #include "src/fail.h"
 
@@ -59,6 +63,46 @@ void append_pair(Batch& batch, const TokenPair& pair) {
   append_targets(batch, pair.rejected, trunk_row, begin + trunk + chosen);
 }
 
+// Where each pair goes, and what its micro-batch then holds. Both functions take the pairs longest first.
+struct Deal {
+  std::vector<size_t> bin;    // [pairs]
+  std::vector<int64_t> rows;  // [bins]
+};
+
+// Each pair into the fullest bin that has room for it, or a new one.
+Deal best_fit(const std::vector<int64_t>& lengths, std::span<const size_t> longest_first, int64_t limit) {
+  Deal deal{std::vector<size_t>(lengths.size()), {}};
+  std::set<std::pair<int64_t, size_t>> room;  // what is left in a bin
+  for (const size_t i : longest_first) {
+    const auto found = room.lower_bound({lengths[i], 0});
+    const size_t bin = found == room.end() ? deal.rows.size() : found->second;
+    if (found == room.end())
+      deal.rows.push_back(0);
+    else
+      room.erase(found);
+    deal.bin[i] = bin;
+    deal.rows[bin] += lengths[i];
+    room.insert({std::max<int64_t>(0, limit - deal.rows[bin]), bin});
+  }
+  return deal;
+}
+
+// Each pair into the emptiest of `bins`.
+Deal spread(const std::vector<int64_t>& lengths, std::span<const size_t> longest_first, size_t bins) {
+  Deal deal{std::vector<size_t>(lengths.size()), std::vector<int64_t>(bins)};
+  using Fill = std::pair<int64_t, size_t>;
+  std::priority_queue<Fill, std::vector<Fill>, std::greater<>> emptiest;
+  for (size_t b = 0; b < bins; ++b) emptiest.push({0, b});
+  for (const size_t i : longest_first) {
+    const size_t bin = emptiest.top().second;
+    emptiest.pop();
+    deal.bin[i] = bin;
+    deal.rows[bin] += lengths[i];
+    emptiest.push({deal.rows[bin], bin});
+  }
+  return deal;
+}
+
 }  // namespace
 
 int64_t pair_rows(const TokenPair& pair) {
@@ -90,6 +134,27 @@ std::vector<std::vector<int64_t>> micro_batches(const PairSet& set, std::span<co
     filled += rows;
   }
   return result;
+}
+
+std::vector<std::vector<int64_t>> balanced_micro_batches(const PairSet& set, std::span<const int64_t> pairs,
+                                                         int64_t micro_tokens) {
+  std::vector<int64_t> lengths;
+  for (const int64_t index : pairs) lengths.push_back(pair_rows(set[index]));
+  std::vector<size_t> longest_first(pairs.size());
+  std::iota(longest_first.begin(), longest_first.end(), size_t{0});
+  std::stable_sort(longest_first.begin(), longest_first.end(),
+                   [&](size_t a, size_t b) { return lengths[a] > lengths[b]; });
+  const auto parts = [&](const Deal& d) {
+    std::vector<std::vector<int64_t>> result(d.rows.size());
+    for (size_t i = 0; i < pairs.size(); ++i) result[d.bin[i]].push_back(pairs[i]);
+    return result;
+  };
+  const Deal full = best_fit(lengths, longest_first, micro_tokens),
+             even = spread(lengths, longest_first, full.rows.size());
+  const std::vector<std::vector<int64_t>> balanced = parts(even);
+  for (size_t b = 0; b < balanced.size(); ++b)
+    if (balanced[b].size() > 1 && even.rows[b] > micro_tokens) return parts(full);
+  return balanced;
 }
 
 Batch pack(const PairSet& set, std::span<const int64_t> pairs, bool score_prompt) {

@@ -25,7 +25,7 @@ StepResult compute_gradients(Run& run) {
   // 2. What the loss will be divided by is known before anything is computed.
   const Normalisers normalisers = count_normalisers(run.data(), pairs, scores_prompt);
   zero_gradients(model);
-  for (const std::vector<int64_t>& part : micro_batches(run.data(), pairs, run.micro_tokens())) {
+  for (const std::vector<int64_t>& part : balanced_micro_batches(run.data(), pairs, run.micro_tokens())) {
     // 3. A few pairs at a time become one stream of tokens, each prompt once.
     const Batch batch = pack(run.data(), part, scores_prompt);
     MicroBatch micro(model, batch);

@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <numeric>
 
 #include "src/rng.h"
@@ -158,4 +159,36 @@ TEST_CASE("micro-batches keep the order and the limit; a long pair stands alone"
   CHECK(long_pair);
   CHECK(joined == pairs);
   CHECK(micro_batches(set, {}, limit).empty());
+}
+
+TEST_CASE("balanced micro-batches hold every pair once, in order within each; few, full, and about equal") {
+  const MemoryPairs set = random_pairs(5, 200);
+  const std::vector<int64_t> pairs = all_of(set);
+  const auto rows_of = [&](const std::vector<int64_t>& part) {
+    return std::accumulate(part.begin(), part.end(), int64_t{0},
+                           [&](int64_t sum, int64_t i) { return sum + pair_rows(set[i]); });
+  };
+  int64_t longest = 0;
+  for (const int64_t i : pairs) longest = std::max(longest, pair_rows(set[i]));
+  for (const int64_t limit : {longest / 2, longest, int64_t{40}, int64_t{100}, int64_t{1000000}}) {
+    CAPTURE(limit);
+    const auto batches = balanced_micro_batches(set, pairs, limit);
+    std::vector<int64_t> joined, rows;
+    for (const auto& part : batches) {
+      REQUIRE(!part.empty());
+      CHECK(std::is_sorted(part.begin(), part.end()));
+      rows.push_back(rows_of(part));
+      CHECK((rows.back() <= limit || part.size() == 1));
+      joined.insert(joined.end(), part.begin(), part.end());
+    }
+    std::sort(joined.begin(), joined.end());
+    CHECK(joined == pairs);
+    // Best fit decreasing takes at most 11/9 of the least number, and one more (Johnson 1973).
+    if (limit >= longest)
+      CHECK(static_cast<double>(batches.size()) <= 11.0 / 9 * (rows_of(pairs) / limit + 1) + 1);
+    if (limit >= 2 * longest)
+      CHECK(*std::max_element(rows.begin(), rows.end()) - *std::min_element(rows.begin(), rows.end()) <= longest);
+  }
+  CHECK(balanced_micro_batches(set, pairs, 40).size() < micro_batches(set, pairs, 40).size());
+  CHECK(balanced_micro_batches(set, {}, 40).empty());
 }
