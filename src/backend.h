@@ -76,8 +76,9 @@ struct Backend {
 
   // linear: out[rows, n] T or A = in[rows, k] T . weight[n, k]^T T + bias[n] T (bias may be absent).
   virtual void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) = 0;
-  // din[rows, k] T = dout . weight (din may be absent);  dweight[n, k] A += dout^T . in;  dbias[n] A += column sums of
-  // dout (may be absent).  dout[rows, n] T.
+  // din[rows, k] T = dout . weight;  dweight[n, k] A += dout^T . in;  dbias[n] A += column sums of dout.
+  // dout[rows, n] T. Each of the three may be absent, and in where dweight is: a caller that makes `in` again only
+  // after din asks for them one after the other.
   virtual void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                                const Tensor& in, const Tensor& weight) = 0;
 
@@ -87,9 +88,10 @@ struct Backend {
   virtual void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
                             const Tensor& branch, const Tensor& weight, double epsilon) = 0;
   // dsum[rows, width] T += gradient through the norm (the residual's gradient, which already holds what comes past the
-  // norm);  dweight[width] A +=.  dout[rows, width] T. What was normalised is made again from sum and rstd.
-  virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
-                             const Tensor& rstd, const Tensor& weight) = 0;
+  // norm);  dweight[width] A +=.  dout[rows, width] T. What was normalised is made again from sum and rstd:
+  // out[rows, width] T = what norm_forward wrote, bit for bit (may be absent; may be dout itself: in place).
+  virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
+                             const Tensor& sum, const Tensor& rstd, const Tensor& weight) = 0;
 
   // rope: rotary position embedding in place (Su et al. 2021; the half-split pairing of Hugging Face Llama) on the
   // query and key heads of qkv[rows, (heads + 2 kv_heads) * head_dim] T at positions[rows] int32. Angles in double.
@@ -110,8 +112,10 @@ struct Backend {
 
   // activation: SwiGLU (Shazeer 2020): gate_up[rows, 2 n] T holds gate then up; out[rows, n] T = silu(gate) * up.
   virtual void activation_forward(const Tensor& out, const Tensor& gate_up) = 0;
-  // dgate_up[rows, 2 n] T = (may be gate_up itself: in place).
-  virtual void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) = 0;
+  // dgate_up[rows, 2 n] T = (may be gate_up itself: in place);  out[rows, n] T = what activation_forward wrote, bit for
+  // bit (may be absent; may be dout itself: in place).
+  virtual void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
+                                   const Tensor& gate_up) = 0;
 
   // head, over a chunk of the row list:
   // out[n, width] T = in[rows, width] T at rows target_rows[n] int32.

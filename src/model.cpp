@@ -68,34 +68,42 @@ std::vector<Parameter> parameters(const Config& c, const Weights& w) {
   return list;
 }
 
-Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Arena& arena) {
+Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Keep keep, Arena& arena) {
   Activations a;
   const DType sums = accumulation_dtype(dtype);
   for (int i = 0; i < c.layers; ++i) {
+    if (i > 0 && keep == Keep::nothing) {
+      a.layers.push_back(a.layers[0]);
+      continue;
+    }
     LayerActivations l;
     l.input = arena.allocate("layer input", dtype, {rows, c.width});
     l.input_rstd = arena.allocate("norm statistics", sums, {rows});
-    l.input_normed = arena.allocate("attention norm", dtype, {rows, c.width});
     l.qkv = arena.allocate("query, key, value", dtype, {rows, c.qkv_width()});
     l.attention = arena.allocate("attention", dtype, {rows, c.attention_width()});
     l.lse = arena.allocate("attention statistics", sums, {c.heads, rows});
     l.middle = arena.allocate("layer middle", dtype, {rows, c.width});
     l.middle_rstd = arena.allocate("norm statistics", sums, {rows});
-    l.middle_normed = arena.allocate("mlp norm", dtype, {rows, c.width});
     l.gate_up = arena.allocate("gate, up", dtype, {rows, 2 * c.intermediate});
-    l.activated = arena.allocate("activation", dtype, {rows, c.intermediate});
     a.layers.push_back(l);
   }
-  a.branch = arena.allocate("branch", dtype, {rows, c.width});
   a.final = arena.allocate("final residual", dtype, {rows, c.width});
   a.final_rstd = arena.allocate("norm statistics", sums, {rows});
   a.hidden = arena.allocate("hidden", dtype, {rows, c.width});
   return a;
 }
 
-void forward(const Config& c, const Weights& w, Activations& a, const DeviceBatch& batch, Backend& backend) {
+void forward(const Config& c, const Weights& w, const Activations& a, const DeviceBatch& batch, Backend& backend,
+             Arena& scratch) {
+  const Arena::Scope scope(scratch);
   const RopeShape rope = c.rope_shape();
   const AttentionShape attention = c.attention_shape();
+  const DType dtype = a.hidden.dtype;
+  const int64_t rows = a.hidden.rows();
+  const Tensor normed = scratch.allocate("norm", dtype, {rows, c.width});
+  const Tensor activated = scratch.allocate("activation", dtype, {rows, c.intermediate});
+  // What a block just computed; the next norm adds it to the residual stream.
+  const Tensor computed = scratch.allocate("branch", dtype, {rows, c.width});
 
   backend.begin(-1, Pass::forward);
   // 1. Tokens become vectors: the residual stream starts.
@@ -103,32 +111,32 @@ void forward(const Config& c, const Weights& w, Activations& a, const DeviceBatc
   backend.embedding_forward(residual, w.embedding, batch.tokens);
   backend.end(-1, Pass::forward);
 
-  Tensor branch;  // what the last block computed; the next norm adds it to the residual stream
+  Tensor branch;  // none before the first layer
   for (int i = 0; i < c.layers; ++i) {
     const LayerWeights& lw = w.layers[i];
-    LayerActivations& la = a.layers[i];
+    const LayerActivations& la = a.layers[i];
     backend.begin(i, Pass::forward);
     // 2. Add the block before, normalise.
-    backend.norm_forward(la.input_normed, la.input, la.input_rstd, residual, branch, lw.attention_norm, c.norm_epsilon);
+    backend.norm_forward(normed, la.input, la.input_rstd, residual, branch, lw.attention_norm, c.norm_epsilon);
     // 3. Queries, keys and values of all heads in one product.
-    backend.linear_forward(la.qkv, la.input_normed, lw.qkv, lw.qkv_bias);
+    backend.linear_forward(la.qkv, normed, lw.qkv, lw.qkv_bias);
     // 4. Positions rotate queries and keys.
     backend.rope_forward(la.qkv, batch.positions, rope);
     // 5. Each row looks back over its own sequence.
     backend.attention_forward(la.attention, la.lse, la.qkv, batch, attention);
     // 6. Heads are mixed.
-    backend.linear_forward(a.branch, la.attention, lw.attention_output, lw.attention_output_bias);
+    backend.linear_forward(computed, la.attention, lw.attention_output, lw.attention_output_bias);
     // 7. Add, normalise.
-    backend.norm_forward(la.middle_normed, la.middle, la.middle_rstd, la.input, a.branch, lw.mlp_norm, c.norm_epsilon);
+    backend.norm_forward(normed, la.middle, la.middle_rstd, la.input, computed, lw.mlp_norm, c.norm_epsilon);
     // 8. Gate and up in one product.
-    backend.linear_forward(la.gate_up, la.middle_normed, lw.gate_up, lw.gate_up_bias);
+    backend.linear_forward(la.gate_up, normed, lw.gate_up, lw.gate_up_bias);
     // 9. silu(gate) * up.
-    backend.activation_forward(la.activated, la.gate_up);
+    backend.activation_forward(activated, la.gate_up);
     // 10. Back down to the stream's width.
-    backend.linear_forward(a.branch, la.activated, lw.down, lw.down_bias);
+    backend.linear_forward(computed, activated, lw.down, lw.down_bias);
     backend.end(i, Pass::forward);
     residual = la.middle;
-    branch = a.branch;
+    branch = computed;
   }
 
   backend.begin(c.layers, Pass::forward);
@@ -150,26 +158,32 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
   backend.begin(c.layers, Pass::backward);
   // 11.
   backend.zero(dresidual);
-  backend.norm_backward(dresidual, g.final_norm, dhidden, a.final, a.final_rstd, w.final_norm);
+  backend.norm_backward(dresidual, g.final_norm, {}, dhidden, a.final, a.final_rstd, w.final_norm);
   backend.end(c.layers, Pass::backward);
 
-  const Tensor dnormed = dhidden;  // consumed above: its memory takes the norms' output gradients from here on
+  // A norm or an activation makes its output again over its output's gradient, and the weights that read it get their
+  // gradient then.
+  const Tensor dnormed = dhidden, normed = dhidden;  // consumed above
   for (int i = c.layers - 1; i >= 0; --i) {
     const LayerWeights &lw = w.layers[i], &lg = g.layers[i];
     const LayerActivations& la = a.layers[i];
     backend.begin(i, Pass::backward);
     {
       const Arena::Scope block(scratch);
-      const Tensor dactivated = scratch.allocate("d activation", dtype, {rows, c.intermediate});
-      const Tensor dgate_up = scratch.allocate("d gate, up", dtype, {rows, 2 * c.intermediate});
-      // 10. An addition hands its gradient to both sides: dresidual is the gradient of the branch as well.
-      backend.linear_backward(dactivated, lg.down, lg.down_bias, dresidual, la.activated, lw.down);
+      const Tensor dactivated = scratch.allocate("d activation", dtype, {rows, c.intermediate}), activated = dactivated;
+      const Tensor dgate_up = la.gate_up;
+      // 10, the input. An addition hands its gradient to both sides: dresidual is the branch's gradient as well.
+      backend.linear_backward(dactivated, {}, {}, dresidual, {}, lw.down);
       // 9.
-      backend.activation_backward(dgate_up, dactivated, la.gate_up);
-      // 8.
-      backend.linear_backward(dnormed, lg.gate_up, lg.gate_up_bias, dgate_up, la.middle_normed, lw.gate_up);
+      backend.activation_backward(dgate_up, activated, dactivated, la.gate_up);
+      // 10, the weight.
+      backend.linear_backward({}, lg.down, lg.down_bias, dresidual, activated, lw.down);
+      // 8, the input.
+      backend.linear_backward(dnormed, {}, {}, dgate_up, {}, lw.gate_up);
       // 7.
-      backend.norm_backward(dresidual, lg.mlp_norm, dnormed, la.middle, la.middle_rstd, lw.mlp_norm);
+      backend.norm_backward(dresidual, lg.mlp_norm, normed, dnormed, la.middle, la.middle_rstd, lw.mlp_norm);
+      // 8, the weight.
+      backend.linear_backward({}, lg.gate_up, lg.gate_up_bias, dgate_up, normed, lw.gate_up);
     }
     {
       const Arena::Scope block(scratch);
@@ -182,10 +196,12 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
       backend.attention_backward(dqkv, dattention, la.attention, la.lse, la.qkv, batch, attention);
       // 4.
       backend.rope_backward(dqkv, batch.positions, rope);
-      // 3.
-      backend.linear_backward(dnormed, lg.qkv, lg.qkv_bias, dqkv, la.input_normed, lw.qkv);
+      // 3, the input.
+      backend.linear_backward(dnormed, {}, {}, dqkv, {}, lw.qkv);
       // 2.
-      backend.norm_backward(dresidual, lg.attention_norm, dnormed, la.input, la.input_rstd, lw.attention_norm);
+      backend.norm_backward(dresidual, lg.attention_norm, normed, dnormed, la.input, la.input_rstd, lw.attention_norm);
+      // 3, the weight.
+      backend.linear_backward({}, lg.qkv, lg.qkv_bias, dqkv, normed, lw.qkv);
     }
     backend.end(i, Pass::backward);
   }

@@ -79,36 +79,40 @@ struct Parameter {
 std::vector<Parameter> parameters(const Config& config, const Weights& weights);
 
 // What forward() leaves for backward(), for one micro-batch: in the activation dtype T, or its accumulation dtype A.
+// What the norms and the activation wrote is not kept: their backward makes it again.
 struct LayerActivations {
-  Tensor input;          // [rows, width] residual stream entering the layer
-  Tensor input_rstd;     // [rows] A
-  Tensor input_normed;   // [rows, width]
-  Tensor qkv;            // [rows, (heads + 2 kv_heads) * head_dim] rotated
-  Tensor attention;      // [rows, heads * head_dim]
-  Tensor lse;            // [heads, rows] A
-  Tensor middle;         // [rows, width] residual stream after attention
-  Tensor middle_rstd;    // [rows] A
-  Tensor middle_normed;  // [rows, width]
-  Tensor gate_up;        // [rows, 2 * intermediate]
-  Tensor activated;      // [rows, intermediate]
+  Tensor input;        // [rows, width] residual stream entering the layer
+  Tensor input_rstd;   // [rows] A
+  Tensor qkv;          // [rows, (heads + 2 kv_heads) * head_dim] rotated
+  Tensor attention;    // [rows, heads * head_dim]
+  Tensor lse;          // [heads, rows] A
+  Tensor middle;       // [rows, width] residual stream after attention
+  Tensor middle_rstd;  // [rows] A
+  Tensor gate_up;      // [rows, 2 * intermediate]
+};
+
+// What is kept of each layer.
+enum class Keep {
+  all,      // what its backward pass reads
+  nothing,  // all layers share the memory of one: evaluation
 };
 
 struct Activations {
   std::vector<LayerActivations> layers;
-  Tensor branch;      // [rows, width] what the block just computed, not yet added to the residual stream
   Tensor final;       // [rows, width] residual stream after the last layer
   Tensor final_rstd;  // [rows] A
   Tensor hidden;      // [rows, width] final norm's output: what the head reads
 
-  static Activations allocate(const Config& config, DType dtype, int64_t rows, Arena& arena);
+  static Activations allocate(const Config& config, DType dtype, int64_t rows, Keep keep, Arena& arena);
 };
 
-// tokens -> activations.hidden [rows, width] T. Reads weights, writes activations.
-void forward(const Config& config, const Weights& weights, Activations& activations, const DeviceBatch& batch,
-             Backend& backend);
+// tokens -> activations.hidden [rows, width] T. Reads weights, writes activations. scratch: memory for what nobody
+// reads later.
+void forward(const Config& config, const Weights& weights, const Activations& activations, const DeviceBatch& batch,
+             Backend& backend, Arena& scratch);
 
-// dhidden [rows, width] T (consumed) -> gradients +=. The steps of forward() in reverse, with their numbers. scratch:
-// memory for activation gradients.
+// dhidden [rows, width] T -> gradients +=. The steps of forward() in reverse, with their numbers. Consumes dhidden and
+// the activations (Keep::all), over which their gradients are written. scratch: memory for the other gradients.
 void backward(const Config& config, const Weights& weights, const Weights& gradients, const Activations& activations,
               const Tensor& dhidden, const DeviceBatch& batch, Backend& backend, Arena& scratch);
 

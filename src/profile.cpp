@@ -93,6 +93,7 @@ Json profile_json(const StepProfile& step) {
   for (const auto& [shape, a] : step.products)
     products.push_back({{"backward", shape.backward},
                         {"din", shape.din},
+                        {"dweight", shape.dweight},
                         {"rows", shape.rows},
                         {"n", shape.n},
                         {"k", shape.k},

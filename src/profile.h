@@ -22,7 +22,8 @@ const char* part_name(Part part);  // "products of the layers"
 
 // A product as Backend::linear_forward or linear_backward was asked for it.
 struct ProductShape {
-  bool backward, din;       // din: linear_backward was asked for it
+  bool backward;
+  bool din, dweight;        // linear_backward was asked for it
   int64_t rows, n, k;       // out[rows, n] = in[rows, k] . weight[n, k]^T
   bool accumulation_out;    // forward: out in the accumulation dtype
   int64_t pitch;            // of out or dout

@@ -34,9 +34,9 @@ struct RehearsalBackend final : Backend {
                     const Tensor& branch, const Tensor& weight, double epsilon) override {
     shapes::norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
   }
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
-                     const Tensor& rstd, const Tensor& weight) override {
-    shapes::norm_backward(dsum, dweight, dout, sum, rstd, weight);
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
+                     const Tensor& sum, const Tensor& rstd, const Tensor& weight) override {
+    shapes::norm_backward(dsum, dweight, out, dout, sum, rstd, weight);
   }
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
     shapes::rope("rope_forward", qkv, positions, shape);
@@ -55,8 +55,9 @@ struct RehearsalBackend final : Backend {
   void activation_forward(const Tensor& out, const Tensor& gate_up) override {
     shapes::activation_forward(out, gate_up);
   }
-  void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) override {
-    shapes::activation_backward(dgate_up, dout, gate_up);
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
+                           const Tensor& gate_up) override {
+    shapes::activation_backward(dgate_up, out, dout, gate_up);
   }
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {
     shapes::row_list("gather", out, in, target_rows);

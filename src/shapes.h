@@ -50,17 +50,23 @@ inline void linear_forward(const Tensor& out, const Tensor& in, const Tensor& we
 inline void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                             const Tensor& in, const Tensor& weight) {
   const char* op = "linear_backward";
-  activation_dtype(op, in);
-  REQUIRE_SHAPE(op, in.rank == 2 && weight.rank == 2, "input is ", shape_text(in), ", weight ", shape_text(weight));
-  const DType sums = accumulation_dtype(in.dtype);
-  matrix(op, "weight", weight, in.dtype, weight.rows(), in.columns());
-  matrix(op, "output gradient", dout, in.dtype, in.rows(), weight.rows());
-  matrix(op, "weight gradient", dweight, sums, weight.rows(), in.columns());
-  if (din) matrix(op, "input gradient", din, in.dtype, in.rows(), in.columns());
+  activation_dtype(op, dout);
+  REQUIRE_SHAPE(op, dout.rank == 2 && weight.rank == 2, "output gradient is ", shape_text(dout), ", weight ",
+                shape_text(weight));
+  const DType sums = accumulation_dtype(dout.dtype);
+  matrix(op, "weight", weight, dout.dtype, weight.rows(), weight.columns());
+  matrix(op, "output gradient", dout, dout.dtype, dout.rows(), weight.rows());
+  dense(op, "weight", weight), pitched(op, "output gradient", dout);
+  if (din) {
+    matrix(op, "input gradient", din, dout.dtype, dout.rows(), weight.columns());
+    pitched(op, "input gradient", din);
+  }
+  if (dweight) {
+    matrix(op, "input", in, dout.dtype, dout.rows(), weight.columns());
+    matrix(op, "weight gradient", dweight, sums, weight.rows(), weight.columns());
+    pitched(op, "input", in), dense(op, "weight gradient", dweight);
+  }
   if (dbias) vector(op, "bias gradient", dbias, sums, weight.rows());
-  dense(op, "weight", weight), dense(op, "weight gradient", dweight);
-  pitched(op, "input", in), pitched(op, "output gradient", dout);
-  if (din) pitched(op, "input gradient", din);
 }
 
 inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
@@ -77,13 +83,14 @@ inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rst
   vector(op, "weight", weight, residual.dtype, width);
 }
 
-inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
-                          const Tensor& rstd, const Tensor& weight) {
+inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
+                          const Tensor& sum, const Tensor& rstd, const Tensor& weight) {
   const char* op = "norm_backward";
   activation_dtype(op, sum);
   const int64_t rows = sum.rows(), width = sum.columns();
   REQUIRE_SHAPE(op, sum.rank == 2 && width > 0, "the sum is ", shape_text(sum));
   matrix(op, "sum gradient", dsum, sum.dtype, rows, width);
+  if (out) matrix(op, "output", out, sum.dtype, rows, width);
   matrix(op, "output gradient", dout, sum.dtype, rows, width);
   vector(op, "weight gradient", dweight, accumulation_dtype(sum.dtype), width);
   vector(op, "rstd", rstd, accumulation_dtype(sum.dtype), rows);
@@ -132,10 +139,11 @@ inline void activation_forward(const Tensor& out, const Tensor& gate_up) {
   matrix(op, "output", out, gate_up.dtype, gate_up.rows(), gate_up.columns() / 2);
 }
 
-inline void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) {
+inline void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up) {
   const char* op = "activation_backward";
   activation_dtype(op, gate_up);
   REQUIRE_SHAPE(op, gate_up.rank == 2 && gate_up.columns() % 2 == 0, "gate_up is ", shape_text(gate_up));
+  if (out) matrix(op, "output", out, gate_up.dtype, gate_up.rows(), gate_up.columns() / 2);
   matrix(op, "output gradient", dout, gate_up.dtype, gate_up.rows(), gate_up.columns() / 2);
   matrix(op, "gate_up gradient", dgate_up, gate_up.dtype, gate_up.rows(), gate_up.columns());
 }

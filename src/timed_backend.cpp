@@ -57,15 +57,15 @@ class TimedBackend final : public Backend {
     timed(Part::embedding, 0, {&dout, &dout}, [&] { inner_->embedding_backward(dweight, dout, tokens, padding); });
   }
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
-    const ProductShape shape{false, false, in.rows(), weight.rows(), weight.columns(), out.dtype != in.dtype,
+    const ProductShape shape{false, false, false, in.rows(), weight.rows(), weight.columns(), out.dtype != in.dtype,
                              out.pitch(), layer_ == layers_};
     timed_product(shape, 1, {&out, &in, &weight}, [&] { inner_->linear_forward(out, in, weight, bias); });
   }
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                        const Tensor& in, const Tensor& weight) override {
-    const ProductShape shape{true, static_cast<bool>(din), in.rows(), weight.rows(), weight.columns(), false,
-                             dout.pitch(), layer_ == layers_};
-    timed_product(shape, din ? 2 : 1, {&din, &dweight, &dweight, &dout, &in, &weight},
+    const ProductShape shape{true, static_cast<bool>(din), static_cast<bool>(dweight), dout.rows(), weight.rows(),
+                             weight.columns(), false, dout.pitch(), layer_ == layers_};
+    timed_product(shape, shape.din + shape.dweight, {&din, &dweight, &dweight, &dout, &in, &weight},
                   [&] { inner_->linear_backward(din, dweight, dbias, dout, in, weight); });
   }
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
@@ -73,10 +73,10 @@ class TimedBackend final : public Backend {
     timed(Part::norm, 0, {&out, &sum, &residual, &branch},
           [&] { inner_->norm_forward(out, sum, rstd, residual, branch, weight, epsilon); });
   }
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
-                     const Tensor& rstd, const Tensor& weight) override {
-    timed(Part::norm, 0, {&dsum, &dsum, &dout, &sum},
-          [&] { inner_->norm_backward(dsum, dweight, dout, sum, rstd, weight); });
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
+                     const Tensor& sum, const Tensor& rstd, const Tensor& weight) override {
+    timed(Part::norm, 0, {&dsum, &dsum, &out, &dout, &sum},
+          [&] { inner_->norm_backward(dsum, dweight, out, dout, sum, rstd, weight); });
   }
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
     timed(Part::rope, 0, {&qkv, &qkv}, [&] { inner_->rope_forward(qkv, positions, shape); });
@@ -98,9 +98,10 @@ class TimedBackend final : public Backend {
   void activation_forward(const Tensor& out, const Tensor& gate_up) override {
     timed(Part::activation, 0, {&out, &gate_up}, [&] { inner_->activation_forward(out, gate_up); });
   }
-  void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) override {
-    timed(Part::activation, 0, {&dgate_up, &dout, &gate_up},
-          [&] { inner_->activation_backward(dgate_up, dout, gate_up); });
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
+                           const Tensor& gate_up) override {
+    timed(Part::activation, 0, {&dgate_up, &out, &dout, &gate_up},
+          [&] { inner_->activation_backward(dgate_up, out, dout, gate_up); });
   }
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {
     timed(Part::head, 0, {&out, &out}, [&] { inner_->gather(out, in, target_rows); });

@@ -45,13 +45,14 @@ MicroBatch::MicroBatch(DeviceModel& model, const Batch& batch)
     : model_(model),
       scope_(model.scratch),
       batch_(to_device(batch, model.backend, model.scratch)),
-      activations_(Activations::allocate(model.config, model.dtype, batch.rows(), model.scratch)) {
+      activations_(Activations::allocate(model.config, model.dtype, batch.rows(),
+                                         model.tensors.trains() ? Keep::all : Keep::nothing, model.scratch)) {
   if (model.tensors.trains())
     dhidden_ = model.scratch.allocate("d hidden", model.dtype, {batch.rows(), model.config.width});
 }
 
 void MicroBatch::forward() {
-  orpo::forward(model_.config, model_.tensors.weights, activations_, batch_, model_.backend);
+  orpo::forward(model_.config, model_.tensors.weights, activations_, batch_, model_.backend, model_.scratch);
 }
 
 std::vector<PairResult> MicroBatch::head(const Normalisers& normalisers) {

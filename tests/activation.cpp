@@ -37,7 +37,7 @@ template <class T> Values backward(const Values& dout, const Values& gate_up, in
 
 }  // namespace
 
-TEST_CASE("activation: forward and backward, in place too") {
+TEST_CASE("activation: forward and backward, in place too; backward makes the output again, bit for bit") {
   each_device([](Backend& backend, DType dtype) {
     for (const Case& c : cases) {
       const Values x = rounded(random_values(c.rows * 2 * c.width, 1, -8, 8), dtype),
@@ -46,7 +46,7 @@ TEST_CASE("activation: forward and backward, in place too") {
           dout(backend, dtype, {c.rows, c.width}, g);
       DeviceTensor gradient(backend, dtype, {c.rows, 2 * c.width});
       backend.activation_forward(out, gate_up);
-      backend.activation_backward(gradient, dout, gate_up);
+      backend.activation_backward(gradient, Tensor(), dout, gate_up);
       with_type(dtype, [&](auto zero) {
         using T = decltype(zero);
         check_close("out", out.values(), forward<T>(x, c.rows, c.width), forward<long double>(x, c.rows, c.width),
@@ -55,8 +55,13 @@ TEST_CASE("activation: forward and backward, in place too") {
                     backward<long double>(g, x, c.rows, c.width), dtype);
       });
       const Values apart = gradient.values();
-      backend.activation_backward(gate_up, dout, gate_up);
+      DeviceTensor again(backend, dtype, {c.rows, c.width}, 5);
+      backend.activation_backward(gradient, again, dout, gate_up);
+      CHECK(gradient.values() == apart);
+      CHECK(again.values() == out.values());
+      backend.activation_backward(gate_up, dout, dout, gate_up);
       CHECK(gate_up.values() == apart);
+      CHECK(dout.values() == out.values());
     }
   });
 }
@@ -69,7 +74,7 @@ TEST_CASE("activation: gradients agree with finite differences") {
   DeviceTensor gate_up(*backend, DType::f64, {rows, 2 * width}, x), out(*backend, DType::f64, {rows, width}),
       dout(*backend, DType::f64, {rows, width}, g);
   DeviceTensor gradient(*backend, DType::f64, {rows, 2 * width});
-  backend->activation_backward(gradient, dout, gate_up);
+  backend->activation_backward(gradient, Tensor(), dout, gate_up);
   check_gradient("dgate_up", x, gradient.values(), [&] {
     gate_up.set(x);
     backend->activation_forward(out, gate_up);
@@ -83,7 +88,7 @@ TEST_CASE("activation: finite far out") {
     DeviceTensor gate_up(backend, dtype, {1, 16}, x), out(backend, dtype, {1, 8}), dout(backend, dtype, {1, 8}, 1),
         gradient(backend, dtype, {1, 16});
     backend.activation_forward(out, gate_up);
-    backend.activation_backward(gradient, dout, gate_up);
+    backend.activation_backward(gradient, Tensor(), dout, gate_up);
     for (double v : out.values()) CHECK(std::isfinite(v));
     for (double v : gradient.values()) CHECK(std::isfinite(v));
     CHECK(out.values()[0] == 0);
@@ -96,8 +101,10 @@ TEST_CASE("activation: refuses an odd width") {
     DeviceTensor odd(backend, dtype, {2, 7}), even(backend, dtype, {2, 8}), out(backend, dtype, {2, 3});
     check_refuses([&] { backend.activation_forward(out, odd); }, "activation_forward", "[2, 7]");
     check_refuses([&] { backend.activation_forward(out, even); }, "activation_forward", "output is [2, 3]");
-    check_refuses([&] { backend.activation_backward(even, out, even); }, "activation_backward",
+    check_refuses([&] { backend.activation_backward(even, Tensor(), out, even); }, "activation_backward",
                   "output gradient is [2, 3]");
+    check_refuses([&] { backend.activation_backward(even, out, out, even); }, "activation_backward",
+                  "output is [2, 3]");
   });
 }
 

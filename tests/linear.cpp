@@ -86,9 +86,15 @@ TEST_CASE("linear: backward writes din, adds to dweight and dbias, reads rows at
           check_close("dbias", dbias.values(), plus(product<T>(gt, ones, {}, c.n, 1, c.rows, true), db),
                       plus(product<long double>(gt, ones, {}, c.n, 1, c.rows, true), db), sums);
         });
-        const Values kept = din.values();
-        backend.linear_backward(Tensor(), dweight, Tensor(), gradient, in, weight);  // din and dbias absent
-        CHECK(din.values() == kept);
+        // One after the other gives what all at once gave.
+        DeviceTensor alone(backend, dtype, {c.rows, c.k}, 9), dweight_alone(backend, sums, {c.n, c.k}, dw),
+            dbias_alone(backend, sums, {c.n}, db);
+        backend.linear_backward(alone, Tensor(), Tensor(), gradient, Tensor(), weight);
+        backend.linear_backward(Tensor(), dweight_alone, Tensor(), gradient, in, weight);
+        backend.linear_backward(Tensor(), Tensor(), dbias_alone, gradient, Tensor(), weight);
+        CHECK(alone.values() == din.values());
+        CHECK(dweight_alone.values() == dweight.values());
+        CHECK(dbias_alone.values() == dbias.values());
       }
   });
 }
@@ -144,7 +150,9 @@ TEST_CASE("linear: refuses matrices that do not meet") {
     check_refuses([&] { backend.linear_forward(out, in, weight, bias); }, "linear_forward", "bias is [4]");
     check_refuses([&] { backend.linear_forward(out, tokens, weight, bias); }, "linear_forward", "int32");
     check_refuses([&] { backend.linear_backward(in, weight, bias, out, in, wrong); }, "linear_backward",
-                  "weight is [3, 6]");
+                  "input gradient is [4, 5]");
+    check_refuses([&] { backend.linear_backward(in, dweight, Tensor(), out, Tensor(), weight); }, "linear_backward",
+                  "input is []");
     check_refuses([&] { backend.linear_backward(in, dweight, Tensor(), in, in, weight); }, "linear_backward",
                   "output gradient is [4, 5]");
     Tensor narrow = *out;

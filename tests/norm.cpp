@@ -112,7 +112,7 @@ TEST_CASE("norm: backward adds to dsum and dweight") {
           r(backend, sums, {c.rows}, rstd);
       DeviceTensor g(backend, dtype, {c.rows, c.width}, dout), dx(backend, dtype, {c.rows, c.width}, dsum),
           dweight(backend, sums, {c.width}, dw);
-      backend.norm_backward(dx, dweight, g, x, r, w);
+      backend.norm_backward(dx, dweight, Tensor(), g, x, r, w);
       const Backward reference = backward<long double>(dsum, dw, dout, sum, weight, c.rows, c.width);
       with_type(dtype, [&](auto zero) {
         const Backward naive = backward<decltype(zero)>(dsum, dw, dout, sum, weight, c.rows, c.width);
@@ -120,6 +120,30 @@ TEST_CASE("norm: backward adds to dsum and dweight") {
         // What is added may nearly cancel what was there.
         check_close("dweight", dweight.values(), naive.dweight, reference.dweight, sums, 2, 8);
       });
+    }
+  });
+}
+
+TEST_CASE("norm: backward makes the output again, bit for bit, over its gradient too") {
+  each_device([](Backend& backend, DType dtype) {
+    const DType sums = accumulation_dtype(dtype);
+    for (const Case& c : cases) {
+      const int64_t n = c.rows * c.width;
+      DeviceTensor x(backend, dtype, {c.rows, c.width}, random_values(n, 1)),
+          w(backend, dtype, {c.width}, random_values(c.width, 2)), g(backend, dtype, {c.rows, c.width}, random_values(n, 3));
+      DeviceTensor out(backend, dtype, {c.rows, c.width}), again(backend, dtype, {c.rows, c.width}, 5),
+          rstd(backend, sums, {c.rows});
+      backend.norm_forward(out, x, rstd, x, Tensor(), w, epsilon);
+      Values dsum, dweight;
+      for (const Tensor& to : {Tensor(), *again, *g}) {
+        DeviceTensor dx(backend, dtype, {c.rows, c.width}, 1), dw(backend, sums, {c.width}, 1);
+        backend.norm_backward(dx, dw, to, g, x, rstd, w);
+        if (dsum.empty()) dsum = dx.values(), dweight = dw.values();
+        CHECK(dx.values() == dsum);
+        CHECK(dw.values() == dweight);
+      }
+      CHECK(again.values() == out.values());
+      CHECK(g.values() == out.values());
     }
   });
 }
@@ -142,7 +166,7 @@ TEST_CASE("norm: gradients agree with finite differences") {
       return dot(out.values(), dout);
     };
     loss();
-    backend->norm_backward(dsum, dweight, gradient, sum, rstd, weight);
+    backend->norm_backward(dsum, dweight, Tensor(), gradient, sum, rstd, weight);
     check_gradient("dsum", x, dsum.values(), loss);
     check_gradient("dweight", w, dweight.values(), loss);
   }
@@ -160,7 +184,7 @@ TEST_CASE("norm: 250 backward passes give the same bits, whatever the number of 
     DeviceTensor rstd(*backend, DType::f32, {rows}, 1.7), dweight(*backend, DType::f32, {width});
     for (int repeat = 0; repeat < (threads == 2 ? 250 : 1); ++repeat) {
       backend->zero(dweight);
-      backend->norm_backward(dx, dweight, g, x, rstd, w);
+      backend->norm_backward(dx, dweight, Tensor(), g, x, rstd, w);
       if (first.empty()) first = dweight.values();
       CHECK(dweight.values() == first);
     }
@@ -177,7 +201,9 @@ TEST_CASE("norm: refuses widths that differ") {
     check_refuses([&] { backend.norm_forward(x, x, rstd, x, Tensor(), w7, 1e-5); }, "norm_forward", "weight is [7]");
     check_refuses([&] { backend.norm_forward(x, x, rstd5, x, Tensor(), w, 1e-5); }, "norm_forward", "rstd is [5]");
     check_refuses([&] { backend.norm_forward(x, x, rstd, x, Tensor(), w, -1); }, "norm_forward", "epsilon is -1");
-    check_refuses([&] { backend.norm_backward(x, dweight, other, x, rstd, w); }, "norm_backward",
+    check_refuses([&] { backend.norm_backward(x, dweight, Tensor(), other, x, rstd, w); }, "norm_backward",
                   "output gradient is [4, 7]");
+    check_refuses([&] { backend.norm_backward(x, dweight, other, x, x, rstd, w); }, "norm_backward",
+                  "output is [4, 7]");
   });
 }

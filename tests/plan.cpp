@@ -76,6 +76,15 @@ TEST_CASE("planned is used, to the byte") {
     }
 }
 
+TEST_CASE("an evaluation's activations do not grow with the number of layers, a training step's do") {
+  for (const bool trains : {false, true}) {
+    PlanRequest r = request(DType::bf16, trains);
+    const int64_t few = make_plan(r, int64_t{1} << 30).scratch_bytes;
+    r.config.layers += 5;
+    CHECK((make_plan(r, int64_t{1} << 30).scratch_bytes == few) == !trains);
+  }
+}
+
 TEST_CASE("a micro-batch never has more than the limits") {
   const test::MemoryPairs set(test::awkward_rows(37));
   PlanRequest r = request(DType::f32);

@@ -41,8 +41,8 @@ TEST_CASE("host and data time lie between the operations, and all parts add up t
   pause();
   profile.add(Part::data, Profile::Clock::now(), 0, 1, Part::data);
   pause();
-  profile.add(ProductShape{false, false, 2, 3, 4, false, 3, true}, Profile::Clock::now(), 48, 1);
-  profile.add(ProductShape{false, false, 2, 3, 4, false, 3, false}, Profile::Clock::now(), 48, 1);
+  profile.add(ProductShape{false, false, false, 2, 3, 4, false, 3, true}, Profile::Clock::now(), 48, 1);
+  profile.add(ProductShape{false, false, false, 2, 3, 4, false, 3, false}, Profile::Clock::now(), 48, 1);
   pause();
   profile.end_step(1, 1, 1);
   const double seconds = std::chrono::duration<double>(Profile::Clock::now() - begin).count();

@@ -228,8 +228,9 @@ TEST_CASE("reference: logits of the tiny models") {
     batch.positions.resize(batch.tokens.size());
     std::iota(batch.positions.begin(), batch.positions.end(), 0);
     batch.segments = {{0, static_cast<int32_t>(batch.tokens.size()), 0, 0}};
-    Activations a = Activations::allocate(m.config, m.dtype, batch.rows(), loaded.scratch);
-    forward(m.config, m.tensors.weights, a, to_device(batch, *loaded.backend, loaded.scratch), *loaded.backend);
+    const Activations a = Activations::allocate(m.config, m.dtype, batch.rows(), Keep::nothing, loaded.scratch);
+    forward(m.config, m.tensors.weights, a, to_device(batch, *loaded.backend, loaded.scratch), *loaded.backend,
+            loaded.scratch);
     const Tensor logits = loaded.scratch.allocate("logits", DType::f32, {batch.rows(), m.config.vocab});
     loaded.backend->linear_forward(logits, a.hidden, m.tensors.weights.output, {});
     std::vector<float> values(logits.elements());

@@ -94,8 +94,8 @@ class TinyModel {
     for (const Batch& batch : batches) {
       const Arena::Scope scope(memory);
       const DeviceBatch device = to_device(batch, *backend, memory);
-      Activations activations = Activations::allocate(config, dtype, batch.rows(), memory);
-      forward(config, weights, activations, device, *backend);
+      Activations activations = Activations::allocate(config, dtype, batch.rows(), with_gradients ? Keep::all : Keep::nothing, memory);
+      forward(config, weights, activations, device, *backend, memory);
       const Tensor dhidden = memory.allocate("d hidden", dtype, {batch.rows(), config.width});
       std::vector<double> logps;
       const Weights* to_weights = with_gradients ? &gradients : nullptr;

@@ -28,8 +28,8 @@ class CpuBackend final : public Backend {
                        const Tensor& in, const Tensor& weight) override;
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
                     const Tensor& branch, const Tensor& weight, double epsilon) override;
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
-                     const Tensor& rstd, const Tensor& weight) override;
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
+                     const Tensor& sum, const Tensor& rstd, const Tensor& weight) override;
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override;
   void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape) override;
   void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
@@ -37,7 +37,8 @@ class CpuBackend final : public Backend {
   void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
                           const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override;
   void activation_forward(const Tensor& out, const Tensor& gate_up) override;
-  void activation_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) override;
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
+                           const Tensor& gate_up) override;
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override;
   void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows) override;
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) override;

@@ -157,7 +157,7 @@ void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const
   shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   if (!products_) products_ = std::make_shared<MatrixProducts>();
   if (din) products_->multiply(din, dout, weight, nullptr, false);
-  products_->multiply(dweight, Matrix(dout).transposed(), in, nullptr, true);
+  if (dweight) products_->multiply(dweight, Matrix(dout).transposed(), in, nullptr, true);
   if (!dbias) return;
   with_dtype("linear_backward", dout.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -28,10 +28,11 @@ void forward_row(T* out, T* sum, Accumulator<T>* rstd, const T* residual, const 
   for_vectors<A>(width, [&](int64_t i, auto n) { store(out + i, load(weight + i, n) * (load(sum + i, n) * r), n); });
 }
 
-// With x^ = sum * rstd and g = dout * weight:  dsum += rstd * (g - x^ * mean(g * x^)),  dweight += dout * x^.
+// With x^ = sum * rstd and g = dout * weight:  dsum += rstd * (g - x^ * mean(g * x^)),  dweight += dout * x^,
+// out = weight * x^. Reads dout at i for the last time before it writes out there: in place is safe.
 template <class T>
-void backward_row(T* dsum, Accumulator<T>* dweight, const T* dout, const T* sum, Accumulator<T> rstd, const T* weight,
-                  int64_t width) {
+void backward_row(T* dsum, Accumulator<T>* dweight, T* out, const T* dout, const T* sum, Accumulator<T> rstd,
+                  const T* weight, int64_t width) {
   using A = Accumulator<T>;
   Vector<A> products{};
   for_vectors<A>(width, [&](int64_t i, auto n) {
@@ -41,8 +42,9 @@ void backward_row(T* dsum, Accumulator<T>* dweight, const T* dout, const T* sum,
   });
   const A mean = sum_lanes<A>(products) / static_cast<A>(width);
   for_vectors<A>(width, [&](int64_t i, auto n) {
-    const Vector<A> g = load(dout + i, n) * load(weight + i, n), normed = load(sum + i, n) * rstd;
+    const Vector<A> w = load(weight + i, n), g = load(dout + i, n) * w, normed = load(sum + i, n) * rstd;
     store(dsum + i, load(dsum + i, n) + (g - normed * mean) * rstd, n);
+    if (out) store(out + i, w * normed, n);
   });
 }
 
@@ -62,9 +64,9 @@ void CpuBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tensor
   });
 }
 
-void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dout, const Tensor& sum,
-                               const Tensor& rstd, const Tensor& weight) {
-  shapes::norm_backward(dsum, dweight, dout, sum, rstd, weight);
+void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
+                               const Tensor& sum, const Tensor& rstd, const Tensor& weight) {
+  shapes::norm_backward(dsum, dweight, out, dout, sum, rstd, weight);
   with_dtype("norm_backward", sum.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
@@ -72,8 +74,8 @@ void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const 
     add_row_blocks(dweight.as<A>(), sum.rows(), width, [&](A* partial, int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t at = row * width;
-        backward_row(dsum.as<T>() + at, partial, dout.as<const T>() + at, sum.as<const T>() + at,
-                     rstd.as<const A>()[row], weight.as<const T>(), width);
+        backward_row(dsum.as<T>() + at, partial, out ? out.as<T>() + at : nullptr, dout.as<const T>() + at,
+                     sum.as<const T>() + at, rstd.as<const A>()[row], weight.as<const T>(), width);
       }
     });
   });
