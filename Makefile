@@ -19,7 +19,7 @@ LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
 LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp
 
 programs := train eval data
-rooms    := embedding linear norm rope attention activation head adamw
+rooms    := embedding linear norm rope attention attention_decode activation head adamw
 mains    := $(programs:%=src/%.cpp)
 sources  := $(filter-out $(mains),$(wildcard src/*.cpp src/cpu/*.cpp tokenizer/*.cpp data/*.cpp))
 objects  := $(sources:%.cpp=$(OUT)/%.o)

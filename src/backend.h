@@ -110,6 +110,20 @@ struct Backend {
   virtual void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
                                   const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) = 0;
 
+  // attention_decode: decoding's side of attention, over keys and values kept from earlier calls. Row r is the position
+  // positions[r] int32 of the cached sequence sequences[r] int32.
+  //   qkv[rows, (heads + 2 kv_heads) * head_dim] T, rotated
+  //   keys, values[sequences, capacity, kv_heads * head_dim] T, a row a position
+  // Keeps each row's key and value: keys, values at [sequences[r], positions[r]] =. A position past the capacity is
+  // refused: the cache is full.
+  virtual void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
+                                const Tensor& positions, const AttentionShape& shape) = 0;
+  // out[rows, heads * head_dim] T = causal softmax attention of each row's queries to its sequence's positions up to
+  // its own, as far as the window reaches; that position's key and value are kept already. Long sequences are cut into
+  // chunks of positions whose results are joined by their maxima and sums (flash decoding, Dao et al. 2023).
+  virtual void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                                const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) = 0;
+
   // activation: SwiGLU (Shazeer 2020): gate_up[rows, 2 n] T holds gate then up; out[rows, n] T = silu(gate) * up.
   virtual void activation_forward(const Tensor& out, const Tensor& gate_up) = 0;
   // dgate_up[rows, 2 n] T = (may be gate_up itself: in place);  out[rows, n] T = what activation_forward wrote, bit for

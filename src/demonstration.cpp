@@ -85,14 +85,15 @@ Impression impression(Options options, const fs::path& model, const std::vector<
   resolve_lengths(options, description.config);
   const auto tokenizer = Tokenizer::load(model);
   const auto set = load_rows(options, options.eval_data, description.config, nullptr);
-  LoadedModel loaded(options, description, *set);
+  std::vector<std::vector<int32_t>> prompts;
+  for (const int64_t row : asked) prompts.emplace_back((*set)[row].trunk.begin(), (*set)[row].trunk.end());
+  LoadedModel loaded(options, description, *set, decoding_limits(description.config, prompts, answer_tokens));
   Impression result;
   const std::optional<PairSums> sums = evaluate(loaded.model(), *set, loaded.micro_tokens());
   if (!sums) fail_machine("stopped before the comparison; both models are in ", options.output);
   result.sums = *sums;
-  for (const int64_t row : asked) {
-    const std::vector<int32_t> ids =
-        decode_greedily(loaded.model(), (*set)[row].trunk, tokenizer->end_of_sequence.value_or(-1), answer_tokens);
+  for (const std::vector<int32_t>& ids :
+       decode(loaded.model(), prompts, tokenizer->end_of_sequence.value_or(-1), answer_tokens)) {
     std::string text = tokenizer->decode(ids, true);
     for (char& c : text)
       if (c == '\n') c = ' ';

@@ -6,18 +6,21 @@
 namespace orpo {
 namespace {
 
-PlanRequest reading(const Options& options, const Config& config, const PairSet& set) {
+PlanRequest reading(const Options& options, const Config& config, const PairSet& set,
+                    const DecodingLimits& decoding) {
   PlanRequest request = plan_request(options, config);
   request.largest_pair_rows = set.report().largest_pair_rows;
   request.step_pairs = set.size();
   request.trains = false;
+  request.decoding = decoding;
   return request;
 }
 
 }  // namespace
 
-LoadedModel::LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set)
-    : request_(reading(options, description.config, set)),
+LoadedModel::LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set,
+                         const DecodingLimits& decoding)
+    : request_(reading(options, description.config, set, decoding)),
       plan_(make_plan(request_, available_memory())),
       backend_(open_backend(options)),
       state_("state", *backend_, plan_.state_bytes),

@@ -13,8 +13,10 @@ namespace orpo {
 
 class LoadedModel {
  public:
-  // With memory for micro-batches of this set. options: --dtype --device --threads --micro-tokens and the objective's.
-  LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set);
+  // With memory for micro-batches of this set and for decoding. options: --dtype --device --threads --micro-tokens and
+  // the objective's.
+  LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set,
+              const DecodingLimits& decoding = {});
 
   DeviceModel& model() { return model_; }
   int64_t micro_tokens() const { return plan_.micro_tokens; }

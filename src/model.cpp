@@ -93,8 +93,19 @@ Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Ke
   return a;
 }
 
+KeyValueCache KeyValueCache::allocate(const Config& c, DType dtype, int64_t sequences, int64_t positions,
+                                      Arena& arena) {
+  KeyValueCache cache;
+  const int64_t width = int64_t{c.kv_heads} * c.head_dim;
+  for (int i = 0; i < c.layers; ++i) {
+    const Tensor keys = arena.allocate("cached keys", dtype, {sequences, positions, width});
+    cache.layers.push_back({keys, arena.allocate("cached values", dtype, {sequences, positions, width})});
+  }
+  return cache;
+}
+
 void forward(const Config& c, const Weights& w, const Activations& a, const DeviceBatch& batch, Backend& backend,
-             Arena& scratch) {
+             Arena& scratch, const CachedRows* cached) {
   const Arena::Scope scope(scratch);
   const RopeShape rope = c.rope_shape();
   const AttentionShape attention = c.attention_shape();
@@ -122,8 +133,15 @@ void forward(const Config& c, const Weights& w, const Activations& a, const Devi
     backend.linear_forward(la.qkv, normed, lw.qkv, lw.qkv_bias);
     // 4. Positions rotate queries and keys.
     backend.rope_forward(la.qkv, batch.positions, rope);
-    // 5. Each row looks back over its own sequence.
-    backend.attention_forward(la.attention, la.lse, la.qkv, batch, attention);
+    // 5. Each row looks back over its own sequence; in decoding over what the cache keeps of it.
+    const KeyValueCache::Layer kept = cached ? cached->cache.layers[i] : KeyValueCache::Layer{};
+    if (cached)
+      backend.keep_keys_values(kept.keys, kept.values, la.qkv, cached->sequences, batch.positions, attention);
+    if (cached && cached->continues)
+      backend.attention_decode(la.attention, la.qkv, kept.keys, kept.values, cached->sequences, batch.positions,
+                               attention);
+    else
+      backend.attention_forward(la.attention, la.lse, la.qkv, batch, attention);
     // 6. Heads are mixed.
     backend.linear_forward(computed, la.attention, lw.attention_output, lw.attention_output_bias);
     // 7. Add, normalise.

@@ -106,10 +106,27 @@ struct Activations {
   static Activations allocate(const Config& config, DType dtype, int64_t rows, Keep keep, Arena& arena);
 };
 
+// Decoding's memory: keys and values of every position so far, so that a new token passes through the model alone.
+struct KeyValueCache {
+  struct Layer {
+    Tensor keys, values;  // [sequences, positions, kv_heads * head_dim] T
+  };
+  std::vector<Layer> layers;
+
+  static KeyValueCache allocate(const Config& config, DType dtype, int64_t sequences, int64_t positions, Arena& arena);
+};
+
+// What forward() has to know of a cache: its rows' keys and values are kept there, at their positions.
+struct CachedRows {
+  const KeyValueCache& cache;
+  Tensor sequences;  // [rows] int32: the cached sequence of each row
+  bool continues;    // rows see their sequence's cached positions; else what the batch's segments say: whole prompts
+};
+
 // tokens -> activations.hidden [rows, width] T. Reads weights, writes activations. scratch: memory for what nobody
-// reads later.
+// reads later. cached: decoding; a row that continues a cached sequence gives what it would in the whole sequence.
 void forward(const Config& config, const Weights& weights, const Activations& activations, const DeviceBatch& batch,
-             Backend& backend, Arena& scratch);
+             Backend& backend, Arena& scratch, const CachedRows* cached = nullptr);
 
 // dhidden [rows, width] T -> gradients +=. The steps of forward() in reverse, with their numbers. Consumes dhidden and
 // the activations (Keep::all), over which their gradients are written. scratch: memory for the other gradients.

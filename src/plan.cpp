@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <numeric>
 
 #include "src/console.h"
 #include "src/fail.h"
@@ -51,6 +52,23 @@ int64_t rehearse_micro_batch(const PlanRequest& r, const Batch& batch, int passe
   });
 }
 
+// Prompts that take all that their rows allow, and a token more for each.
+int64_t rehearse_decoding(const PlanRequest& r) {
+  if (r.decoding.sequences == 0) return 0;
+  const std::unique_ptr<Backend> nothing = make_rehearsal_backend();
+  Arena state = Arena::counting("state");
+  return counted([&](Arena& scratch) {
+    DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, *nothing, scratch};
+    std::vector<Tokens> prompts(r.decoding.sequences, Tokens(1));
+    prompts[0].resize(std::max<int64_t>(1, r.decoding.prompt_rows - r.decoding.sequences + 1));
+    Tokens all(prompts.size());
+    std::iota(all.begin(), all.end(), 0);
+    Decoder decoder(model, r.decoding);
+    decoder.start(prompts);
+    decoder.step(all, Tokens(all.size()));
+  });
+}
+
 MemoryPlan rehearse(const PlanRequest& r, int64_t micro_tokens) {
   MemoryPlan plan;
   plan.micro_tokens = micro_tokens;
@@ -73,6 +91,9 @@ MemoryPlan rehearse(const PlanRequest& r, int64_t micro_tokens) {
   part("activations", tensors);
   part("logits and head", with_head - tensors);
   part("more for the backward pass", plan.scratch_bytes - with_head);
+  const int64_t decoding = rehearse_decoding(r);
+  part("more for decoding", decoding - plan.scratch_bytes);
+  plan.scratch_bytes = std::max(plan.scratch_bytes, decoding);
   return plan;
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "src/decode.h"
 #include "src/head.h"
 #include "src/model.h"
 
@@ -24,6 +25,7 @@ struct PlanRequest {
   int64_t largest_pair_rows = 0;  // most stream rows of one pair: the data's, or what the lengths allow
   int64_t step_pairs = 0;  // most pairs that one micro-batch is made of: --batch-pairs, or the rows of an evaluation
   bool trains = true;
+  DecodingLimits decoding;  // what the model also decodes, between micro-batches
 };
 
 struct MemoryPlan {
@@ -34,7 +36,7 @@ struct MemoryPlan {
   int64_t micro_tokens = 0;
   MicroLimits limits{};
   int64_t state_bytes = 0;    // weights, masters, moments, gradients
-  int64_t scratch_bytes = 0;  // high-water mark of a micro-batch
+  int64_t scratch_bytes = 0;  // high-water mark of a micro-batch, or of decoding
   std::vector<Line> lines;    // parts; the head and the backward pass use the same memory one after the other
   int64_t total() const { return state_bytes + scratch_bytes; }
 };

@@ -52,6 +52,14 @@ struct RehearsalBackend final : Backend {
                           const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override {
     shapes::attention_backward(dqkv, dout, out, lse, qkv, batch, shape);
   }
+  void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
+                        const Tensor& positions, const AttentionShape& shape) override {
+    shapes::cached_rows("keep_keys_values", qkv, keys, values, sequences, positions, shape);
+  }
+  void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                        const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) override {
+    shapes::attention_decode(out, qkv, keys, values, sequences, positions, shape);
+  }
   void activation_forward(const Tensor& out, const Tensor& gate_up) override {
     shapes::activation_forward(out, gate_up);
   }

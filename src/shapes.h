@@ -132,6 +132,28 @@ inline void attention_backward(const Tensor& dqkv, const Tensor& dout, const Ten
   matrix("attention_backward", "qkv gradient", dqkv, qkv.dtype, qkv.rows(), qkv.columns());
 }
 
+// keys, values: [sequences, capacity, kv_heads * head_dim].
+inline void cached_rows(const char* op, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                        const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) {
+  activation_dtype(op, qkv);
+  heads(op, shape.heads, shape.kv_heads, shape.head_dim);
+  REQUIRE_SHAPE(op, shape.window >= 0, "the window is ", shape.window);
+  const int64_t rows = qkv.rows(), width = int64_t{shape.kv_heads} * shape.head_dim;
+  matrix(op, "qkv", qkv, qkv.dtype, rows, int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
+  for (const Tensor* cache : {&keys, &values})
+    REQUIRE_SHAPE(op, cache->rank == 3 && cache->dtype == qkv.dtype && cache->columns() == width, "the cache is ",
+                  shape_text(*cache), " for rows ", width, " wide");
+  REQUIRE_SHAPE(op, keys.shape == values.shape, "keys are ", shape_text(keys), ", values ", shape_text(values));
+  vector(op, "sequences", sequences, DType::i32, rows);
+  vector(op, "positions", positions, DType::i32, rows);
+}
+
+inline void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                             const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) {
+  cached_rows("attention_decode", qkv, keys, values, sequences, positions, shape);
+  matrix("attention_decode", "output", out, qkv.dtype, qkv.rows(), int64_t{shape.heads} * shape.head_dim);
+}
+
 inline void activation_forward(const Tensor& out, const Tensor& gate_up) {
   const char* op = "activation_forward";
   activation_dtype(op, gate_up);

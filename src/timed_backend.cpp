@@ -95,6 +95,17 @@ class TimedBackend final : public Backend {
     timed(Part::attention, 8 * visible(*batch.host) * static_cast<double>(out.columns()),
           {&dqkv, &dout, &out, &lse, &qkv}, [&] { inner_->attention_backward(dqkv, dout, out, lse, qkv, batch, shape); });
   }
+  // Decoding is no part of a training step: time and the new rows' bytes.
+  void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
+                        const Tensor& positions, const AttentionShape& shape) override {
+    timed(Part::attention, 0, {&qkv},
+          [&] { inner_->keep_keys_values(keys, values, qkv, sequences, positions, shape); });
+  }
+  void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                        const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) override {
+    timed(Part::attention, 0, {&out, &qkv},
+          [&] { inner_->attention_decode(out, qkv, keys, values, sequences, positions, shape); });
+  }
   void activation_forward(const Tensor& out, const Tensor& gate_up) override {
     timed(Part::activation, 0, {&out, &gate_up}, [&] { inner_->activation_forward(out, gate_up); });
   }

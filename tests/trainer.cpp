@@ -6,7 +6,6 @@
 #include <cmath>
 
 #include "src/communicator.h"
-#include "src/decode.h"
 #include "src/fail.h"
 #include "src/plan.h"
 #include "src/signals.h"
@@ -167,32 +166,6 @@ TEST_CASE("one rank adds nothing") {
   CHECK(alone->size() == 1);
   CHECK(alone->any(true));
   CHECK_FALSE(alone->any(false));
-}
-
-TEST_CASE("greedy decoding takes the most probable token each time, and stops") {
-  Bench bench;
-  const std::vector<int32_t> prompt{1, 2, 3};
-  const std::vector<int32_t> answer = decode_greedily(bench.model, prompt, -1, 5);
-  REQUIRE(answer.size() == 5);
-  // Every token but the chosen one is less probable: as the measured answer, each alternative has a lower
-  // log-probability.
-  std::vector<int32_t> known = prompt;
-  for (const int32_t token : answer) {
-    std::vector<test::Row> rows;
-    for (int32_t other = 0; other < 37; ++other) rows.push_back({known, {other}, {(other + 1) % 37}});
-    const test::MemoryPairs choices(rows);
-    double best = -1e9;
-    int32_t argbest = -1, at = 0;
-    evaluate(bench.model, choices, 4000, [&](const TokenPair&, const PairResult& r) {
-      if (r.chosen_logp_sum > best) best = r.chosen_logp_sum, argbest = at;
-      ++at;
-    });
-    CHECK(token == argbest);
-    known.push_back(token);
-  }
-  const std::vector<int32_t> stopped = decode_greedily(bench.model, prompt, answer[2], 5);
-  CHECK(stopped.size() <= 2);
-  CHECK(decode_greedily(bench.model, std::vector<int32_t>(62, 1), -1, 50).size() == 2);  // the model has 64 positions
 }
 
 TEST_CASE("a run's time is up when it is") {

@@ -36,6 +36,10 @@ class CpuBackend final : public Backend {
                          const AttentionShape& shape) override;
   void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
                           const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override;
+  void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
+                        const Tensor& positions, const AttentionShape& shape) override;
+  void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                        const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) override;
   void activation_forward(const Tensor& out, const Tensor& gate_up) override;
   void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
                            const Tensor& gate_up) override;
@@ -55,9 +59,11 @@ class CpuBackend final : public Backend {
   struct MatrixProducts;  // linear.cpp: oneDNN primitives by shape
   struct RotaryTables;    // rope.cpp: cosines and sines by position
   struct AttentionTiles;  // attention.cpp: unpacked tiles of queries, keys and values
+  struct DecodingChunks;  // attention_decode.cpp: what chunks of a sequence's positions gave
   std::shared_ptr<MatrixProducts> products_;
   std::shared_ptr<RotaryTables> tables_;
   std::shared_ptr<AttentionTiles> tiles_;
+  std::shared_ptr<DecodingChunks> chunks_;
 };
 
 }  // namespace orpo

@@ -1,0 +1,233 @@
+// Decoding's attention: new rows look back over cached keys and values. Bounded by reading the cache, so each key and
+// value is read once for all query heads that share it, and positions are cut into chunks that threads take (flash
+// decoding, Dao et al. 2023).
+#include <algorithm>
+
+#include "src/cpu/backend.h"
+#include "src/cpu/rows.h"
+#include "src/cpu/scratch.h"
+#include "src/cpu/tile.h"
+#include "src/shapes.h"
+
+namespace orpo {
+
+using namespace cpu;
+
+struct CpuBackend::DecodingChunks {
+  Scratch partials;
+};
+
+namespace {
+
+constexpr int64_t chunk_positions = 256, tile_positions = 64;  // a chunk depends on the row alone: so do the results
+constexpr int64_t heads_at_once = 4;                           // query heads whose sums stay in registers together
+
+void require_cached(const char* op, const Tensor& keys, const Tensor& sequences, const Tensor& positions) {
+  require_below(op, "sequence", sequences, keys.shape[0]);
+  const int32_t* position = positions.as<const int32_t>();
+  for (int64_t r = 0; r < positions.elements(); ++r)
+    REQUIRE_SHAPE(op, position[r] >= 0 && position[r] < keys.shape[1], "the cache is full: position ", position[r],
+                  " of sequence ", sequences.as<const int32_t>()[r], " where there is room for ", keys.shape[1]);
+}
+
+// Positions [begin, end) of one row's sequence, for one key/value head.
+struct Chunk {
+  int64_t row, kv_head, begin, end;
+};
+
+template <class T> struct Decode {
+  using A = Accumulator<T>;
+  const AttentionShape& shape;
+  T* out;
+  const T *qkv, *keys, *values;
+  int64_t capacity, head_dim, group, width, pitch;
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first;  // [rows * kv_heads + 1] first chunk of a row's key/value head
+  A* partials = nullptr;       // [chunks, group, width + 2]: values weighed by exp(score - most), their sum, most
+
+  Decode(const AttentionShape& s, const Tensor& o, const Tensor& x, const Tensor& k, const Tensor& v,
+         const Tensor& positions)
+      : shape(s),
+        out(o.as<T>()),
+        qkv(x.as<const T>()),
+        keys(k.as<const T>()),
+        values(v.as<const T>()),
+        capacity(k.shape[1]),
+        head_dim(s.head_dim),
+        group(s.heads / s.kv_heads),
+        width(round_up(head_dim, lanes<A>)),
+        pitch(k.columns()) {
+    for (int64_t row = 0; row < x.rows(); ++row) {
+      const int64_t end = positions.as<const int32_t>()[row] + int64_t{1};
+      const int64_t begin = s.window ? std::max<int64_t>(0, end - s.window) : 0;
+      for (int64_t kv_head = 0; kv_head < s.kv_heads; ++kv_head) {
+        first.push_back(static_cast<int64_t>(chunks.size()));
+        for (int64_t at = begin; at < end; at += chunk_positions)
+          chunks.push_back({row, kv_head, at, std::min(end, at + chunk_positions)});
+      }
+    }
+    first.push_back(static_cast<int64_t>(chunks.size()));
+  }
+
+  int64_t partial_entries() const { return group * (width + 2); }
+  A* partial(int64_t chunk, int64_t head) const { return partials + (chunk * group + head) * (width + 2); }
+
+  void run(int64_t index, int32_t sequence) const {
+    const Chunk& chunk = chunks[index];
+    for (int64_t head = 0; head < group;) {
+      const auto heads = [&]<int Heads>(std::integral_constant<int, Heads> count) {
+        attend(index, chunk, sequence, head, count);
+        return Heads;
+      };
+      const int64_t left = group - head;
+      head += left >= heads_at_once ? heads(std::integral_constant<int, heads_at_once>{})
+              : left == 3           ? heads(std::integral_constant<int, 3>{})
+              : left == 2           ? heads(std::integral_constant<int, 2>{})
+                                    : heads(std::integral_constant<int, 1>{});
+    }
+  }
+
+  // Online softmax of query heads [head, head + Heads) of the group over the chunk, a tile of positions at a time.
+  template <int Heads>
+  void attend(int64_t index, const Chunk& chunk, int32_t sequence, int64_t head,
+              std::integral_constant<int, Heads>) const {
+    const int64_t column = chunk.kv_head * head_dim;
+    const T* key = keys + (sequence * capacity + chunk.begin) * pitch + column;
+    const T* value = values + (sequence * capacity + chunk.begin) * pitch + column;
+    const T* query = qkv + chunk.row * (shape.heads + 2 * shape.kv_heads) * head_dim +
+                     (chunk.kv_head * group + head) * head_dim;
+    alignas(vector_bytes) A scores[Heads][tile_positions];
+    A* o = partial(index, head);
+    A most[Heads];
+    Vector<A> sums[Heads] = {};
+    std::fill(o, o + Heads * (width + 2), A(0));
+    std::fill(most, most + Heads, -std::numeric_limits<A>::infinity());
+    for (int64_t at = chunk.begin; at < chunk.end; at += tile_positions) {
+      const int64_t count = std::min(tile_positions, chunk.end - at);
+      for (int64_t j = 0; j < count; ++j, key += pitch) score<Heads>(&scores[0][j], query, key);
+      for (int h = 0; h < Heads; ++h) soften(scores[h], sums[h], most[h], o + h * (width + 2), count);
+      int64_t i = 0;
+      for (; i + 4 * lanes<A> <= head_dim; i += 4 * lanes<A>)
+        add_values<Heads, 4>(o + i, scores[0], value + i, count, Full<A>{});
+      for (; i + lanes<A> <= head_dim; i += lanes<A>)
+        add_values<Heads, 1>(o + i, scores[0], value + i, count, Full<A>{});
+      if (i < head_dim) add_values<Heads, 1>(o + i, scores[0], value + i, count, static_cast<int>(head_dim - i));
+      value += count * pitch;
+    }
+    for (int h = 0; h < Heads; ++h) {
+      o[h * (width + 2) + width] = sum_lanes<A>(sums[h]);
+      o[h * (width + 2) + width + 1] = most[h];
+    }
+  }
+
+  // scores[h * tile_positions] = scale * query head h . key
+  template <int Heads> void score(A* scores, const T* query, const T* key) const {
+    Vector<A> sums[Heads] = {};
+    for_vectors<A>(head_dim, [&](int64_t i, auto n) {
+      const Vector<A> k = load(key + i, n);
+#pragma GCC unroll 4
+      for (int h = 0; h < Heads; ++h) sums[h] += load(query + h * head_dim + i, n) * k;
+    });
+#pragma GCC unroll 4
+    for (int h = 0; h < Heads; ++h) scores[h * tile_positions] = sum_lanes<A>(sums[h]) * A(shape.scale);
+  }
+
+  // A tile's scores -> exp(score - most), with the running maximum, sum and output rescaled where the maximum rises.
+  void soften(A* scores, Vector<A>& sum, A& most, A* o, int64_t count) const {
+    const int64_t padded = round_up(count, lanes<A>);
+    std::fill(scores + count, scores + padded, -std::numeric_limits<A>::infinity());
+    Vector<A> largest = load(scores);
+    for (int64_t i = lanes<A>; i < padded; i += lanes<A>) largest = maximum(load(scores + i), largest);
+    const A highest = std::max(most, maximum_of_lanes<A>(largest));
+    if (highest > most) {
+      const A shrink = std::exp(most - highest);
+      most = highest;
+      sum *= shrink;
+      for (int64_t i = 0; i < width; i += lanes<A>) store(o + i, load(o + i) * shrink);
+    }
+    for (int64_t i = 0; i < padded; i += lanes<A>) {
+      const Vector<A> p = exponential(load(scores + i) - most);
+      sum += p;
+      store(scores + i, p);
+    }
+  }
+
+  // o[h, Vectors vectors] += sum over the tile's positions of scores[h] * value, count entries of each vector.
+  template <int Heads, int Vectors, class Count>
+  void add_values(A* o, const A* scores, const T* value, int64_t positions, Count count) const {
+    Vector<A> sums[Heads][Vectors] = {};
+    for (int64_t j = 0; j < positions; ++j, value += pitch) {
+      Vector<A> v[Vectors];
+#pragma GCC unroll 4
+      for (int i = 0; i < Vectors; ++i) v[i] = load(value + i * lanes<A>, count);
+#pragma GCC unroll 4
+      for (int h = 0; h < Heads; ++h)
+#pragma GCC unroll 4
+        for (int i = 0; i < Vectors; ++i) sums[h][i] += v[i] * scores[h * tile_positions + j];
+    }
+    for (int h = 0; h < Heads; ++h)
+      for (int i = 0; i < Vectors; ++i) {
+        A* to = o + h * (width + 2) + i * lanes<A>;
+        store(to, load(to) + sums[h][i]);
+      }
+  }
+
+  // The chunks of one row's key/value head, in order: out = sum of e^(most_c - most) values_c / sum of e^(..) sum_c.
+  void join(int64_t index) const {
+    const int64_t begin = first[index], end = first[index + 1];
+    const Chunk& chunk = chunks[begin];
+    for (int64_t head = 0; head < group; ++head) {
+      A* o = partial(begin, head);
+      for (int64_t c = begin + 1; c < end; ++c) {
+        const A* more = partial(c, head);
+        const A most = std::max(o[width + 1], more[width + 1]), a = std::exp(o[width + 1] - most),
+                b = std::exp(more[width + 1] - most);
+        for (int64_t i = 0; i < width; i += lanes<A>) store(o + i, load(o + i) * a + load(more + i) * b);
+        o[width] = o[width] * a + more[width] * b;
+        o[width + 1] = most;
+      }
+      T* to = out + (chunk.row * shape.heads + chunk.kv_head * group + head) * head_dim;
+      for_vectors<A>(head_dim, [&](int64_t i, auto n) { store(to + i, load(o + i) / o[width], n); });
+    }
+  }
+};
+
+}  // namespace
+
+void CpuBackend::keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
+                                  const Tensor& positions, const AttentionShape& shape) {
+  shapes::cached_rows("keep_keys_values", qkv, keys, values, sequences, positions, shape);
+  require_cached("keep_keys_values", keys, sequences, positions);
+  const int64_t entry = dtype_bytes(qkv.dtype), bytes = keys.columns() * entry;
+  for_rows(qkv.rows(), [&](int64_t row) {
+    const char* from = static_cast<const char*>(qkv.data) +
+                       (row * qkv.columns() + int64_t{shape.heads} * shape.head_dim) * entry;
+    const int64_t at = sequences.as<const int32_t>()[row] * keys.shape[1] + positions.as<const int32_t>()[row];
+    std::memcpy(static_cast<char*>(keys.data) + at * bytes, from, static_cast<size_t>(bytes));
+    std::memcpy(static_cast<char*>(values.data) + at * bytes, from + bytes, static_cast<size_t>(bytes));
+  });
+}
+
+void CpuBackend::attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                                  const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) {
+  shapes::attention_decode(out, qkv, keys, values, sequences, positions, shape);
+  require_cached("attention_decode", keys, sequences, positions);
+  if (!chunks_) chunks_ = std::make_shared<DecodingChunks>();
+  with_dtype("attention_decode", qkv.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Decode<T> decode(shape, out, qkv, keys, values, positions);
+    const auto chunks = static_cast<int64_t>(decode.chunks.size());
+    decode.partials =
+        chunks_->partials.reserve<Accumulator<T>>(static_cast<size_t>(chunks * decode.partial_entries()));
+    const int32_t* sequence = sequences.as<const int32_t>();
+#pragma omp parallel if (chunks > 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t c = 0; c < chunks; ++c) decode.run(c, sequence[decode.chunks[c].row]);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < qkv.rows() * shape.kv_heads; ++i) decode.join(i);
+    }
+  });
+}
+
+}  // namespace orpo
