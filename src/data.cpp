@@ -243,6 +243,6 @@ int inspect_rows(const Options& options) {
 
 int main(int argc, char** argv) {
   using namespace orpo;
-  wait_without_spinning(argv);
+  spin_briefly(argv);
   return run_program("orpo_data", [&] { return inspect_rows(parse_options(Program::data, argc, argv)); });
 }

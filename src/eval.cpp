@@ -68,6 +68,6 @@ int evaluate_rows(Options options) {
 
 int main(int argc, char** argv) {
   using namespace orpo;
-  wait_without_spinning(argv);
+  spin_briefly(argv);
   return run_program("orpo_eval", [&] { return evaluate_rows(parse_options(Program::eval, argc, argv)); });
 }

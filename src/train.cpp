@@ -96,7 +96,7 @@ int train(const Options& options) {
 
 int main(int argc, char** argv) {
   using namespace orpo;
-  wait_without_spinning(argv);
+  spin_briefly(argv);
   return run_program("orpo_train", [&] {
     const Options options = parse_options(Program::train, argc, argv);
     const bool demonstration = options.model.empty() && options.resume.empty();

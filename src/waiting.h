@@ -1,7 +1,8 @@
-// Threads that wait for the others give their core away. libgomp's default is to spin, which on a machine that does
-// anything else at the same time makes a step several times slower (tools/PERFORMANCE.md) and on a quiet one gains
-// nothing that could be measured. libgomp reads its environment before main, so the program starts itself once more
-// with the setting, unless the user has set one of its variables.
+// Threads that wait for the others spin for some 50 microseconds, then give their core away. libgomp's default is to spin
+// for milliseconds, which on a machine that does anything else at the same time makes a step several times slower; not to
+// spin at all costs 40 microseconds for each of the regions that a step has hundreds of, and more than the product
+// itself when decoding (tools/PERFORMANCE.md). libgomp reads its environment before main, so the program starts itself
+// once more with the setting, unless the user has set one of its variables.
 #pragma once
 
 #include <unistd.h>
@@ -11,9 +12,9 @@
 
 namespace orpo {
 
-inline void wait_without_spinning(char** argv) {
+inline void spin_briefly(char** argv) {
   if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
-  setenv("OMP_WAIT_POLICY", "passive", 1);
+  setenv("GOMP_SPINCOUNT", "1000", 1);  // turns of about 50 ns
   execv("/proc/self/exe", argv);  // returns only where it failed: /proc is not mounted
   if (std::strchr(argv[0], '/')) execv(argv[0], argv);
 }

@@ -8,7 +8,7 @@ namespace {
 struct Case {
   int64_t rows, n, k;
 };
-const Case cases[] = {{1, 1, 1}, {1, 123, 7}, {97, 123, 45}, {5, 64, 96}, {130, 33, 257}};
+const Case cases[] = {{1, 1, 1}, {1, 123, 7}, {97, 123, 45}, {5, 64, 96}, {13, 67, 100}, {130, 33, 257}};
 
 template <class T>
 Values product(const Values& a, const Values& b, const Values& bias, int64_t rows, int64_t n, int64_t k,
@@ -54,6 +54,32 @@ TEST_CASE("linear: forward, with and without bias, into the compute and the accu
                         product<long double>(a, b, shift, c.rows, c.n, c.k, true), out_dtype);
           });
         }
+  });
+}
+
+TEST_CASE("linear: a row is the same alone and among others, and rows may stand at a pitch") {
+  each_device([](Backend& backend, DType dtype) {
+    const int64_t n = 35, k = 75, gap = 3;
+    const Values b = rounded(random_values(n * k, 2), dtype);
+    DeviceTensor weight(backend, dtype, {n, k}, b);
+    for (int64_t rows : {2, 7, 8, 16}) {
+      CAPTURE(rows);
+      const Values a = rounded(random_values(rows * (k + gap), 1), dtype);
+      DeviceTensor in(backend, dtype, {rows, k + gap}, a), out(backend, dtype, {rows, n + gap}, 7),
+          alone(backend, dtype, {1, n});
+      Tensor narrow_in = *in, narrow_out = *out;
+      narrow_in.shape[1] = k, narrow_in.row_pitch = k + gap;
+      narrow_out.shape[1] = n, narrow_out.row_pitch = n + gap;
+      backend.linear_forward(narrow_out, narrow_in, weight, Tensor());
+      Values expected;
+      for (int64_t r = 0; r < rows; ++r) {
+        backend.linear_forward(alone, narrow_in.slice(r, 1), weight, Tensor());
+        const Values row = alone.values();
+        expected.insert(expected.end(), row.begin(), row.end());
+        expected.insert(expected.end(), gap, 7.0);
+      }
+      CHECK(out.values() == expected);
+    }
   });
 }
 

@@ -33,7 +33,7 @@ REGISTER_LISTENER("count", 1, Count);
 }  // namespace
 
 int main(int argc, char** argv) {
-  orpo::wait_without_spinning(argv);
+  orpo::spin_briefly(argv);
   doctest::Context context(argc, argv);
   const int status = context.run();
   if (context.shouldExit()) return status;  // --list-test-cases, --help

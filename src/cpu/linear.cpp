@@ -6,6 +6,7 @@
 #include <map>
 
 #include "src/cpu/backend.h"
+#include "src/cpu/few_rows.h"
 #include "src/cpu/scratch.h"
 #include "src/cpu/vector.h"
 #include "src/shapes.h"
@@ -69,6 +70,21 @@ Matrix widened(Matrix m, float* memory) {
   });
   m.data = memory, m.dtype = DType::f32, m.row_stride = m.columns;
   return turned ? m.transposed() : m;
+}
+
+// out = in . weight^T + bias for up to few_rows rows.
+void multiply_few(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) {
+  with_dtype("linear_forward", in.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto run = [&]<class Out>(Out* to) {
+      multiply_few_rows(to, out.pitch(), in.as<const T>(), in.pitch(), weight.as<const T>(),
+                        bias ? bias.as<const T>() : nullptr, in.rows(), weight.rows(), weight.columns());
+    };
+    if (out.dtype == in.dtype)
+      run(out.as<T>());
+    else
+      run(out.as<Accumulator<T>>());
+  });
 }
 
 }  // namespace
@@ -148,6 +164,7 @@ struct CpuBackend::MatrixProducts {
 
 void CpuBackend::linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) {
   shapes::linear_forward(out, in, weight, bias);
+  if (in.rows() > 0 && in.rows() <= few_rows) return multiply_few(out, in, weight, bias);
   if (!products_) products_ = std::make_shared<MatrixProducts>();
   products_->multiply(out, in, Matrix(weight).transposed(), bias.data, false);
 }
