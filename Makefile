@@ -64,6 +64,8 @@ $(binaries):
 $(OUT)/orpo_tests: $(objects) $(tests)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
+# Tests are compiled more often than they run.
+$(OUT)/tests/%.o: CXXFLAGS := $(CXXFLAGS:-O3=-O1)
 $(OUT)/%.o: %.cpp | build/.packages
 	@mkdir -p $(@D)
 	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -c -o $@ $<
