@@ -19,8 +19,9 @@ LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
 LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp
 
 programs := train eval data
+benches  := $(wildcard src/bench/*.cpp) src/bench.cpp
 rooms    := embedding linear norm rope attention attention_decode activation head adamw
-mains    := $(programs:%=src/%.cpp)
+mains    := $(programs:%=src/%.cpp) src/bench.cpp
 sources  := $(filter-out $(mains),$(wildcard src/*.cpp src/cpu/*.cpp tokenizer/*.cpp data/*.cpp))
 objects  := $(sources:%.cpp=$(OUT)/%.o)
 tests    := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/*.cpp))
@@ -35,7 +36,7 @@ ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 
-.PHONY: all run test test-real deps rooms fuzz clean help
+.PHONY: all run bench bench-peer test test-real deps rooms fuzz clean help
 .DELETE_ON_ERROR:
 
 all: $(binaries)
@@ -46,9 +47,19 @@ run: deps
 	@./orpo_train
 
 test: deps
-	@$(MAKE) --no-print-directory all $(OUT)/orpo_tests
+	@$(MAKE) --no-print-directory all $(OUT)/orpo_tests $(OUT)/orpo_bench
 	@$(MAKE) --no-print-directory rooms
 	@$(OUT)/orpo_tests
+
+# One page of speed and memory, build/bench.json as well; BENCH="--only layouts --threads 1" and the like narrow it.
+bench: deps
+	@$(MAKE) --no-print-directory all $(OUT)/orpo_bench
+	@$(OUT)/orpo_bench --json build/bench.json $(BENCH)
+
+# Beside TRL, in a Python environment of its own in build/ (Python with pip and the network, once).
+bench-peer: deps
+	@$(MAKE) --no-print-directory all
+	@tools/bench_peer.sh $(BENCH)
 
 # The real model: needs Python with pip and the network, once.
 test-real: deps
@@ -60,6 +71,9 @@ $(binaries): %: build/.packages $(objects)
 $(foreach p,$(programs),$(eval $(filter %orpo_$(p),$(binaries)): $(OUT)/src/$(p).o))
 $(binaries):
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
+
+$(OUT)/orpo_bench: $(objects) $(benches:%.cpp=$(OUT)/%.o)
+	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 $(OUT)/orpo_tests: $(objects) $(tests)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
@@ -108,6 +122,8 @@ help:
 	@echo "make            orpo_train, orpo_eval, orpo_data (BUILD=release|debug|sanitize, ARCH=native|x86-64-v3)"
 	@echo "make run        install missing packages, build, run the demonstration"
 	@echo "make test       install missing packages, build, run every test"
+	@echo "make bench      where a step's time and memory go, on three models (BENCH=--help: its options)"
+	@echo "make bench-peer speed and memory beside TRL on the same rows (BENCH=\"--data FILE\"; Python, network)"
 	@echo "make test-real  fetch SmolLM2-135M-Instruct and compare with the numbers TRL gave (Python, network)"
 	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
 	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
