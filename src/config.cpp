@@ -102,7 +102,7 @@ const Option* find_option(Program program, const std::string& name) {
 
 [[noreturn]] void unknown(Program program, const std::string& where, const std::string& name) {
   if (const auto near = near_misses().find(name); near != near_misses().end()) fail(where, ": ", near->second);
-  for (Program other : {Program::train, Program::eval, Program::data})
+  for (const Program other : all_programs)
     if (find_option(other, name))
       fail(where, ": an option of ", program_name(other), ", not of ", program_name(program));
   std::string nearest = "config";
@@ -180,9 +180,9 @@ void read_config_file(Program program, const std::string& file, Options& options
     const Option* option = find_option(program, name);
     if (!option) {
       // A recipe serves every program: what concerns another one is left to it.
-      const bool other =
-          find_option(Program::train, name) || find_option(Program::eval, name) || find_option(Program::data, name);
-      if (other) continue;
+      if (std::any_of(std::begin(all_programs), std::end(all_programs),
+                      [&](Program other) { return find_option(other, name); }))
+        continue;
       unknown(program, where, name);
     }
     if (entry.is_array && !option->list) fail(where, ": one value, not an array");
@@ -201,7 +201,10 @@ void check_place(const char* option, const std::string& file) {
 
 // What no single option can tell.
 void check_together(Program program, const Options& o) {
-  if (program != Program::train) {
+  if (program == Program::bench) {
+    if (o.model.empty() && !o.data.empty())
+      fail("--model: which model reads these rows? Give a Hugging Face folder, or leave out --data");
+  } else if (program != Program::train) {
     if (o.model.empty()) fail("--model: which model? Give a Hugging Face folder");
     if (o.data.empty()) fail("--data: which rows? Give JSON Lines files");
   } else if (o.resume.empty()) {
@@ -221,6 +224,7 @@ void check_together(Program program, const Options& o) {
   check_place("--save-gradients", o.save_gradients);
   check_place("--per-pair", o.per_pair);
   check_place("--write", o.write);
+  check_place("--json", o.json);
   if (program == Program::train && !o.plan && std::filesystem::exists(o.output) &&
       !std::filesystem::is_directory(o.output))
     fail("--output: ", o.output, " is a file; name a folder");

@@ -15,7 +15,8 @@
 
 namespace orpo {
 
-enum class Program : unsigned { train = 1, eval = 2, data = 4 };
+enum class Program : unsigned { train = 1, eval = 2, data = 4, bench = 8 };
+inline constexpr Program all_programs[] = {Program::train, Program::eval, Program::data, Program::bench};
 enum class NllScope { full, response };
 enum class Init { model, random };
 enum class DTypeChoice { automatic, bf16, fp32 };
@@ -70,6 +71,10 @@ struct Options {
   std::string per_pair;  // JSON Lines, one a kept row
   std::string write;     // pre-tokenised rows
   int64_t show = 2;      // pairs printed token by token
+  // orpo_bench
+  bool quick = false;
+  std::vector<std::string> only;  // parts of the page; empty: all
+  std::string json;               // file; empty: none
 
   std::set<std::string> given;  // names set by the command line or --config, not by default
 };

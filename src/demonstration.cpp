@@ -29,18 +29,6 @@ constexpr int64_t answer_tokens = 40;
 constexpr const char* default_output = "out/demonstration";
 constexpr const char* marker = "demonstration.txt";  // says that a folder is the demonstration's own
 
-// data/demonstration in the working folder or one above it, or beside the program or above that.
-fs::path data_folder() {
-  std::error_code unknown;  // where /proc is not mounted
-  for (fs::path folder : {fs::current_path(), fs::read_symlink("/proc/self/exe", unknown).parent_path()})
-    for (; !folder.empty(); folder = folder.parent_path()) {
-      if (fs::exists(folder / "data/demonstration/train.jsonl")) return folder / "data/demonstration";
-      if (folder == folder.parent_path()) break;
-    }
-  fail("data/demonstration is neither in this folder or above it nor beside the program; run the demonstration from the repository, or give "
-       "--model and --data");
-}
-
 Options base_act(const Options& given, const fs::path& data, const fs::path& base) {
   Options act;
   act.model = (data / "model").string();
@@ -149,8 +137,19 @@ std::string result_text(const Impression& before, const Impression& after, const
 
 }  // namespace
 
+fs::path demonstration_data() {
+  std::error_code unknown;  // where /proc is not mounted
+  for (fs::path folder : {fs::current_path(), fs::read_symlink("/proc/self/exe", unknown).parent_path()})
+    for (; !folder.empty(); folder = folder.parent_path()) {
+      if (fs::exists(folder / "data/demonstration/train.jsonl")) return folder / "data/demonstration";
+      if (folder == folder.parent_path()) break;
+    }
+  fail("data/demonstration is neither in this folder or above it nor beside the program; run the demonstration from "
+       "the repository, or give --model and --data");
+}
+
 int demonstrate(const Options& given, int (*train)(const Options&)) {
-  const fs::path data = data_folder(),
+  const fs::path data = demonstration_data(),
                  out = given.given.count("output") ? fs::path(given.output) : fs::path(default_output),
                  base = out / "base";
   const Options first = base_act(given, data, base), second = preference_act(given, data, base, out);

@@ -9,7 +9,7 @@
 namespace orpo {
 namespace {
 
-constexpr unsigned train = 1, eval = 2, data = 4, all = train | eval | data;
+constexpr unsigned train = 1, eval = 2, data = 4, bench = 8, all = train | eval | data;
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t most = int64_t{1} << 53;
 
@@ -69,16 +69,16 @@ Option text(const char* name, const char* value, std::string O::*member) {
   return o;
 }
 
-Option files(const char* name, std::vector<std::string> O::*member) {
-  Option o = named(name, "FILE...");
+Option list(const char* name, const char* value, std::vector<std::string> O::*member) {
+  Option o = named(name, value);
   o.list = true;
-  o.set = [=](O& options, const std::string& file) {
-    if (file.empty()) fail("a file's name is empty");
-    (options.*member).push_back(file);
+  o.set = [=](O& options, const std::string& entry) {
+    if (entry.empty()) fail("a value is empty");
+    (options.*member).push_back(entry);
   };
   o.get = [=](const O& options) {
     std::string joined;
-    for (const std::string& file : options.*member) joined += (joined.empty() ? "" : "\n") + file;
+    for (const std::string& entry : options.*member) joined += (joined.empty() ? "" : "\n") + entry;
     return joined;
   };
   o.clear = [=](O& options) { (options.*member).clear(); };
@@ -135,7 +135,7 @@ std::vector<Option> build_table() {
   };
 
   group = "Model";
-  add(all, text("model", "DIR", &O::model), "Hugging Face model folder: config.json, safetensors, tokenizer files")
+  add(all | bench, text("model", "DIR", &O::model), "Hugging Face model folder: config.json, safetensors, tokenizer files")
       .alias("model-name-or-path");
   add(train, choice<Init>("init", &O::init, {{"model", Init::model}, {"random", Init::random}}),
       "random: config.json and tokenizer of --model, weights drawn anew from --seed");
@@ -144,9 +144,9 @@ std::vector<Option> build_table() {
       .insists();
 
   group = "Data";
-  add(all, files("data", &O::data), "preference rows, JSON Lines, .gz too");
-  add(train, files("eval-data", &O::eval_data), "held-out rows, measured before, as --eval-every says, and at the end");
-  add(all, integer("max-length", &O::max_length, 2, most, "TOKENS"), "longest prompt + response")
+  add(all | bench, list("data", "FILE...", &O::data), "preference rows, JSON Lines, .gz too");
+  add(train, list("eval-data", "FILE...", &O::eval_data), "held-out rows, measured before, as --eval-every says, and at the end");
+  add(all | bench, integer("max-length", &O::max_length, 2, most, "TOKENS"), "longest prompt + response")
       .shown_as("2048, or the model's positions if fewer")
       .insists();
   add(all, integer("max-prompt-length", &O::max_prompt_length, 1, most, "TOKENS"), "longest prompt")
@@ -161,7 +161,7 @@ std::vector<Option> build_table() {
   add(train, flag("shuffle", &O::shuffle),
       "a new order every epoch, fixed by --seed; --no-shuffle keeps the files' order")
       .insists();
-  add(train, integer("seed", &O::seed, 0), "fixes the order of the pairs and random weights").insists();
+  add(train | bench, integer("seed", &O::seed, 0), "fixes the order of the pairs and random weights").insists();
 
   group = "Objective";
   add(all,
@@ -196,7 +196,7 @@ std::vector<Option> build_table() {
   group = "Run";
   add(train, number("epochs", &O::epochs, 1e-9, 1e9), "passes over the data").alias("num-train-epochs");
   add(train, integer("max-steps", &O::max_steps, 1), "steps in all, in place of --epochs").shown_as("as --epochs says");
-  add(train, integer("batch-pairs", &O::batch_pairs, 1, 1 << 24), "pairs of a whole step, on all devices together")
+  add(train | bench, integer("batch-pairs", &O::batch_pairs, 1, 1 << 24), "pairs of a whole step, on all devices together")
       .insists();
   add(train, integer("eval-every", &O::eval_every, 1, most, "STEPS"), "evaluate this often")
       .shown_as("before and after only");
@@ -215,16 +215,16 @@ std::vector<Option> build_table() {
       "stop at so many steps in a row without a finite loss and gradient");
 
   group = "Machine";
-  add(train | eval, integer("micro-tokens", &O::micro_tokens, 1, 1 << 30, "ROWS"),
+  add(train | eval | bench, integer("micro-tokens", &O::micro_tokens, 1, 1 << 30, "ROWS"),
       "token rows computed at a time: memory and speed, not results")
       .shown_as("auto");
-  add(train | eval,
+  add(train | eval | bench,
       choice<DTypeChoice>("dtype", &O::dtype,
                           {{"auto", DTypeChoice::automatic}, {"bf16", DTypeChoice::bf16}, {"fp32", DTypeChoice::fp32}}),
       "weights and activations; auto: bf16 where the machine computes in it")
       .insists();
   add(train | eval, text("device", "auto|cpu", &O::device), "where to compute").asks();
-  add(all, integer("threads", &O::threads, 1, 4096), "CPU threads").shown_as("all").asks();
+  add(all | bench, integer("threads", &O::threads, 1, 4096), "CPU threads").shown_as("all").asks();
   add(train, size("device-memory", &O::device_memory), "memory the run may take, such as 80G")
       .shown_as("the machine's")
       .asks();
@@ -252,6 +252,11 @@ std::vector<Option> build_table() {
   add(eval, text("per-pair", "FILE", &O::per_pair), "one JSON line a row").asks();
   add(data, text("write", "FILE", &O::write), "the rows, tokenised").asks();
   add(data, integer("show", &O::show, 0), "pairs printed token by token").asks();
+  add(bench, text("json", "FILE", &O::json), "the page's figures").asks();
+  add(bench, list("only", "PART...", &O::only), "models, layouts, lengths, threads, checkpoint, decoding")
+      .shown_as("all of them")
+      .asks();
+  add(bench, flag("quick", &O::quick), "the demonstration's model alone, few steps: shows that it works").asks();
   return table;
 }
 
@@ -263,7 +268,10 @@ const std::vector<Option>& option_table() {
 }
 
 const char* program_name(Program program) {
-  return program == Program::train ? "orpo_train" : program == Program::eval ? "orpo_eval" : "orpo_data";
+  return program == Program::train  ? "orpo_train"
+         : program == Program::eval ? "orpo_eval"
+         : program == Program::data ? "orpo_data"
+                                    : "orpo_bench";
 }
 
 int64_t parse_size(const std::string& text) {

@@ -118,6 +118,7 @@ inline void attention(const char* op, const Tensor& qkv, const Tensor& out, cons
   activation_dtype(op, qkv);
   heads(op, shape.heads, shape.kv_heads, shape.head_dim);
   REQUIRE_SHAPE(op, shape.window >= 0, "the window is ", shape.window);
+  REQUIRE_SHAPE(op, shape.scale > 0, "the scale is ", shape.scale);
   const int64_t rows = qkv.rows();
   matrix(op, "qkv", qkv, qkv.dtype, rows, int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
   matrix(op, "output", out, qkv.dtype, rows, int64_t{shape.heads} * shape.head_dim);
@@ -138,6 +139,7 @@ inline void cached_rows(const char* op, const Tensor& qkv, const Tensor& keys, c
   activation_dtype(op, qkv);
   heads(op, shape.heads, shape.kv_heads, shape.head_dim);
   REQUIRE_SHAPE(op, shape.window >= 0, "the window is ", shape.window);
+  REQUIRE_SHAPE(op, shape.scale > 0, "the scale is ", shape.scale);
   const int64_t rows = qkv.rows(), width = int64_t{shape.kv_heads} * shape.head_dim;
   matrix(op, "qkv", qkv, qkv.dtype, rows, int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
   for (const Tensor* cache : {&keys, &values})

@@ -93,7 +93,8 @@ class TimedBackend final : public Backend {
   void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
                           const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override {
     timed(Part::attention, 8 * visible(*batch.host) * static_cast<double>(out.columns()),
-          {&dqkv, &dout, &out, &lse, &qkv}, [&] { inner_->attention_backward(dqkv, dout, out, lse, qkv, batch, shape); });
+          {&dqkv, &dout, &out, &lse, &qkv},
+          [&] { inner_->attention_backward(dqkv, dout, out, lse, qkv, batch, shape); });
   }
   // Decoding is no part of a training step: time and the new rows' bytes.
   void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,

@@ -161,6 +161,27 @@ TEST_CASE("attention: the packed stream equals naive attention over separate seq
   });
 }
 
+// Segments of several tiles and strips, the largest and an odd head size, more heads than a tile has rows for.
+TEST_CASE("attention: long segments and large heads equal naive attention over separate sequences") {
+  each_device([](Backend& backend, DType dtype) {
+    for (const Heads& heads : {Heads{2, 1, 6}, Heads{3, 3, 33}, Heads{1, 1, 256}, Heads{129, 1, 2}})
+      for (int window : {0, 100}) {
+        const bool small = heads.query * heads.head_dim < 16;
+        const Stream s = small ? stream({{300, 370, 130}, {1, 600, 2}}) : stream({{50, 91, 20}});
+        CAPTURE(heads.head_dim);
+        CAPTURE(window);
+        const Problem p(s, heads, window, dtype, 13);
+        const Result actual = run(backend, dtype, p, s), reference = naive<long double>(p, s);
+        with_type(dtype, [&](auto zero) {
+          const Result same = naive<decltype(zero)>(p, s);
+          check_close("out", actual.out, same.out, reference.out, dtype);
+          check_close("lse", actual.lse, same.lse, reference.lse, accumulation_dtype(dtype), 2, 8);
+          check_close("dqkv", actual.dqkv, same.dqkv, reference.dqkv, dtype, 3, 16);
+        });
+      }
+  });
+}
+
 TEST_CASE("attention: a window of one passes values through; long windows change nothing") {
   each_device([](Backend& backend, DType dtype) {
     const Stream s = stream({{9, 4, 6}});
@@ -213,7 +234,7 @@ TEST_CASE("attention: large scores stay finite") {
 }
 
 TEST_CASE("attention: 250 runs give the same bits, whatever the number of threads") {
-  const Stream s = stream({{300, 70, 130}, {5, 6, 7}});
+  const Stream s = stream({{300, 370, 130}, {5, 6, 7}});
   const Problem p(s, {3, 1, 10}, 0, DType::bf16, 11);
   Result first;
   for (int threads : {2, 1, 3}) {

@@ -53,7 +53,7 @@ TEST_CASE("every option is set by its name, by each alias, with - and _, and by 
   const TemporaryFolder folder;
   const Options defaults;
   for (const Option& o : option_table())
-    for (const Program program : {Program::train, Program::eval, Program::data}) {
+    for (const Program program : all_programs) {
       if (!o.concerns(program)) continue;
       CAPTURE(o.name);
       const std::string value = other_value(o), stored = o.name == "device-memory" ? "85899345920" : value;
@@ -198,7 +198,7 @@ TEST_CASE("the checkpoint's copy: what was not given is taken, what fixes the da
 }
 
 TEST_CASE("--help names every option of a program and no other") {
-  for (const Program program : {Program::train, Program::eval, Program::data}) {
+  for (const Program program : all_programs) {
     const std::string help = help_text(program);
     for (const Option& o : option_table())
       CHECK((help.find("  --" + o.name + (o.is_flag() ? " " : " " + o.value)) != std::string::npos) ==

@@ -106,26 +106,36 @@ def train(model, rows, lambda_, scope, steps, learning_rate, weight_decay, max_g
     return losses, norms
 
 
-def trl_trainer(model, rows, lambda_, steps=1, learning_rate=5e-6, weight_decay=0.0, max_grad_norm=1.0):
-    """TRL's own trainer on these token ids, fp32 on the CPU, all rows one batch.
+def trl_trainer(model, rows, lambda_, steps=1, learning_rate=5e-6, weight_decay=0.0, max_grad_norm=1.0,
+                micro_pairs=None, batch_pairs=None, mixed=False):
+    """TRL's own trainer on these token ids on the CPU, rows in their order, in the model's own precision or, mixed,
+    under bf16 autocast; all rows one batch unless micro_pairs and batch_pairs say otherwise.
 
     TRL tokenises texts itself; it is given one word of text, and its data set is then replaced by the rows.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from torch.utils.data import SequentialSampler
     from transformers import PreTrainedTokenizerFast
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
     words = Tokenizer(models.WordLevel({"pad": 0, "begin": 1, "end": 2, "word": 3}, unk_token="word"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="pad", bos_token="begin", eos_token="end")
     config = ORPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="trl"), use_cpu=True, report_to=[], disable_tqdm=True, bf16=False,
-        per_device_train_batch_size=len(rows), max_steps=steps, learning_rate=learning_rate,
-        lr_scheduler_type="constant", weight_decay=weight_decay, max_grad_norm=max_grad_norm, beta=lambda_,
+        output_dir=tempfile.mkdtemp(prefix="trl"), use_cpu=True, report_to=[], disable_tqdm=True, bf16=mixed,
+        per_device_train_batch_size=micro_pairs or len(rows),
+        gradient_accumulation_steps=(batch_pairs or len(rows)) // (micro_pairs or len(rows)), max_steps=steps,
+        learning_rate=learning_rate, lr_scheduler_type="constant", weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm, beta=lambda_,
         disable_dropout=True, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
         remove_unused_columns=False)
     text = Dataset.from_list([{"prompt": "word", "chosen": "word", "rejected": "word word"}])
-    trainer = ORPOTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=text)
+
+    class InOrder(ORPOTrainer):
+        def _get_train_sampler(self, *_, **__):
+            return SequentialSampler(self.train_dataset)
+
+    trainer = InOrder(model=model, args=config, processing_class=tokenizer, train_dataset=text)
     trainer.train_dataset = Dataset.from_list([trl_features(row) for row in rows])
     return trainer
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "src/backend.h"
 #include "src/cpu/tile.h"
@@ -61,18 +63,14 @@ inline const Segment* segments_of(const char* op, const DeviceBatch& batch, int6
   return segments;
 }
 
-// Key columns [begin, end) of a tile that a query sees.
-struct Visible {
+// Key columns [begin, end) of a tile, or query rows.
+struct Span {
   int64_t begin, end;
-  Visible(int64_t query_position, const Tile& keys, int64_t columns, int window)
-      : begin(window ? std::max<int64_t>(0, query_position - window + 1 - keys.position) : 0),
-        end(std::min<int64_t>(columns, query_position - keys.position + 1)) {}
   bool empty() const { return begin >= end; }
-  bool whole(int64_t columns) const { return begin == 0 && end >= columns; }
 };
 
-// x in the visible columns, otherwise elsewhere; columns from first on.
-template <class A> Vector<A> masked(Vector<A> x, int64_t first, const Visible& visible, A otherwise) {
+// x in the columns of `visible`, otherwise elsewhere; columns from first on.
+template <class A> Vector<A> masked(Vector<A> x, int64_t first, const Span& visible, A otherwise) {
   using Integers = typename VectorOf<A>::integers;
   using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   Integers column;
@@ -81,56 +79,113 @@ template <class A> Vector<A> masked(Vector<A> x, int64_t first, const Visible& v
   return in ? x : splat(otherwise);
 }
 
-// What forward and backward share: the tensors' geometry and the unpacking of tiles.
+// Hands out typed, aligned pieces of a block of memory; over none it only counts them.
+class Pieces {
+ public:
+  explicit Pieces(char* memory) : memory_(memory) {}
+  template <class X> X* take(int64_t count) {
+    const int64_t at = std::exchange(bytes_, bytes_ + round_up(count * static_cast<int64_t>(sizeof(X)), 64));
+    return memory_ ? reinterpret_cast<X*>(memory_ + at) : nullptr;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+// What forward and backward share: the tensors' geometry, the unpacking of tiles, what a block of rows sees.
+//
+// A query tile holds the rows of all heads that share a key/value head, position by position: row r is head
+// r % group at position r / group. So what a block of rows sees is one span of keys, and what sees a key one span of
+// rows.
 template <class T> struct Geometry {
   using A = Accumulator<T>;
+  using Entry = typename Operand<T>::Entry;
+  using Word = typename Operand<T>::Word;
+  static constexpr int step = Operand<T>::step;
+  static constexpr int64_t grain = std::max(step * lanes<A>, block_rows);  // spans of keys are taken up to it
+  static constexpr int64_t chunk = std::is_same_v<T, bf16> ? block_rows : 4 * block_rows;  // query rows taken at a time
+
   const AttentionShape& shape;
   int64_t rows, head_dim, group;
-  int64_t width;     // head_dim with room for whole vectors
-  int64_t capacity;  // query rows of a tile, all heads of the group, with room for whole register blocks
-  int64_t query_rows;
+  int64_t width, words;     // of an unpacked row: entries, with room for whole vectors of words; words
+  int64_t query_positions;  // of a query tile
+  int64_t capacity;         // rows of a query tile, with room for whole register blocks
   Tiles keys, queries;
 
-  Geometry(const AttentionShape& s, const Segment* segments, int64_t segment_count, int64_t stream_rows)
+  // wanted: rows of a query tile
+  Geometry(const AttentionShape& s, const Segment* segments, int64_t segment_count, int64_t stream_rows, int64_t wanted)
       : shape(s),
         rows(stream_rows),
         head_dim(s.head_dim),
         group(s.heads / s.kv_heads),
-        width(round_up(head_dim, lanes<A>)),
-        query_rows(std::clamp<int64_t>(96 / group, 1, 64)),
+        width(round_up(head_dim, step * lanes<A>)),
+        words(width / step),
+        query_positions(std::max<int64_t>(wanted / group, 1)),
+        capacity(round_up(query_positions * group, chunk)),
         keys(segments, segment_count, key_tile),
-        queries(segments, segment_count, query_rows) {
-    capacity = round_up(query_rows * group, block_rows);
-  }
+        queries(segments, segment_count, query_positions) {}
 
   int64_t qkv_pitch() const { return (shape.heads + 2 * int64_t{shape.kv_heads}) * head_dim; }
   int64_t out_pitch() const { return shape.heads * head_dim; }
   int64_t key_column(int64_t kv_head) const { return (shape.heads + kv_head) * head_dim; }
   int64_t value_column(int64_t kv_head) const { return (shape.heads + shape.kv_heads + kv_head) * head_dim; }
-  int64_t key_tiles() const { return static_cast<int64_t>(keys.tiles.size()); }
   int64_t query_tiles() const { return static_cast<int64_t>(queries.tiles.size()); }
   int64_t segment_of_query_tile(int64_t tile) const {
     return std::upper_bound(queries.first.begin(), queries.first.end(), tile) - queries.first.begin() - 1;
   }
-  int64_t query_block() const { return capacity * width; }
-  int64_t key_block() const { return key_tile * width; }
+  int64_t head_words() const { return (head_dim + step - 1) / step; }
+  int64_t rows_of(const Tile& tile) const { return tile.count * group; }
 
-  // to[row, width] = scale * from[row, head_dim], the rest 0.
-  void unpack(A* to, const T* from, int64_t pitch, int64_t count, A scale) const {
-    for (int64_t r = 0; r < count; ++r)
-      for_vectors<A>(head_dim,
-                     [&](int64_t i, auto n) { store(to + r * width + i, load(from + r * pitch + i, n) * scale); });
+  // A key tile's rows of the head at `column` of qkv; zeros up to whole grains.
+  void unpack_keys(Entry* to, const T* qkv, const Tile& tile, int64_t column) const {
+    for (int64_t r = 0; r < tile.count; ++r) unpack_row(to + r * width, qkv + (tile.row + r) * qkv_pitch() + column);
+    std::fill(to + tile.count * width, to + round_up(tile.count, grain) * width, Entry{});
   }
-  // to[head_dim, key_tile] = transposed from[row, head_dim]
-  void unpack_transposed(A* to, const T* from, int64_t pitch, int64_t count) const {
-    for (int64_t i = 0; i < head_dim; ++i)
-      for (int64_t r = 0; r < count; ++r) to[i * key_tile + r] = static_cast<A>(from[r * pitch + i]);
+  // A query tile's rows of matrix[rows, heads * head_dim or wider].
+  void unpack_queries(Entry* to, const T* matrix, int64_t pitch, const Tile& tile, int64_t kv_head) const {
+    for (int64_t p = 0; p < tile.count; ++p)
+      for (int64_t g = 0; g < group; ++g)
+        unpack_row(to + (p * group + g) * width, matrix + (tile.row + p) * pitch + (kv_head * group + g) * head_dim);
+    const int64_t count = rows_of(tile);
+    std::fill(to + count * width, to + round_up(count, chunk) * width, Entry{});
   }
-  // A query tile's rows of matrix[rows, heads * head_dim or wider], heads of the group one after the other.
-  void unpack_queries(A* to, const T* matrix, int64_t pitch, const Tile& tile, int64_t kv_head, A scale) const {
-    for (int64_t g = 0; g < group; ++g)
-      unpack(to + g * tile.count * width, matrix + tile.row * pitch + (kv_head * group + g) * head_dim, pitch,
-             tile.count, scale);
+
+  // Keys of a tile that row r of a query tile sees; none for rows beyond the tile.
+  Span visible(const Tile& tile, int64_t r, const Tile& key) const {
+    const int64_t position = tile.position + static_cast<int32_t>(r) / static_cast<int32_t>(group);
+    if (position > tile.last()) return {0, 0};
+    return {shape.window ? std::max<int64_t>(position - shape.window + 1 - key.position, 0) : 0,
+            std::min<int64_t>(key.count, position - key.position + 1)};
+  }
+  // Keys that the chunk of rows from r on sees, taken up to whole grains.
+  Span visible_to_chunk(const Tile& tile, int64_t r, const Tile& key) const {
+    const int64_t last = std::min(r + chunk, rows_of(tile)) - 1;
+    const int64_t begin = visible(tile, r, key).begin, end = visible(tile, last, key).end;
+    return {round_down(begin, grain), begin < end ? round_up(end, grain) : 0};
+  }
+  // Whether every row of that chunk sees every key of the tile, and the tile is full.
+  bool all_visible(const Tile& tile, int64_t r, const Tile& key) const {
+    return r + chunk <= rows_of(tile) && visible(tile, r, key).end == key_tile &&
+           visible(tile, r + chunk - 1, key).begin == 0;
+  }
+  // Rows of a query tile that see some of the block_rows keys from `first` on, taken up to whole words.
+  Span seers(const Tile& tile, const Tile& key, int64_t first) const {
+    const int64_t last = std::min<int64_t>(first + block_rows, key.count) - 1, count = rows_of(tile);
+    const int64_t begin = std::max<int64_t>((key.position + first - tile.position) * group, 0);
+    const int64_t end =
+        shape.window ? std::min((key.position + last + shape.window - tile.position) * group, count) : count;
+    return {round_down(begin, step), round_up(end, step)};
+  }
+
+ private:
+  void unpack_row(Entry* to, const T* from) const {
+    if constexpr (std::is_same_v<T, Entry>)
+      std::memcpy(to, from, static_cast<size_t>(head_dim) * sizeof(T));
+    else
+      for_vectors<A>(head_dim, [&](int64_t i, auto n) { store(to + i, load(from + i, n)); });
+    std::fill(to + head_dim, to + width, Entry{});
   }
 };
 

@@ -1,0 +1,129 @@
+#include "src/bench/machine.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <vector>
+
+#include "src/arena.h"
+#include "src/console.h"
+#include "src/metrics.h"
+
+namespace orpo::bench {
+namespace {
+
+// Seconds of the fastest run, after one that warms up; stops repeating after a while.
+template <class Run>
+double best_seconds(Run&& run, int repetitions, double enough) {
+  run();
+  double best = 1e30, spent = 0;
+  for (int i = 0; i < repetitions && spent < enough; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    run();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    best = std::min(best, seconds);
+    spent += seconds;
+  }
+  return best;
+}
+
+double measure_bandwidth(int threads, bool quick) {
+  const int64_t n = (quick ? 4 : 64) << 20;
+  std::vector<float> a(n), b(n), c(n);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < n; ++i) a[i] = 0, b[i] = 1, c[i] = 2;
+  const double seconds = best_seconds(
+      [&] {
+#pragma omp parallel for simd num_threads(threads)
+        for (int64_t i = 0; i < n; ++i) a[i] = b[i] + 3 * c[i];
+      },
+      5, 2);
+  return 3.0 * static_cast<double>(n) * sizeof(float) / seconds;
+}
+
+std::string processor_name() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
+  return "unknown processor";
+}
+
+std::string instruction_set() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+  if (__builtin_cpu_supports("avx512f")) return "avx512f";
+  if (__builtin_cpu_supports("avx2")) return "avx2";
+#endif
+  return "generic";
+}
+
+ProductShape shape_of(const Json& p) {
+  return {p.at("backward").get<bool>(), p.at("din").get<bool>(), p.at("dweight").get<bool>(), p.at("rows").get<int64_t>(),
+          p.at("n").get<int64_t>(), p.at("k").get<int64_t>(), p.at("accumulation_out").get<bool>(),
+          p.at("pitch").get<int64_t>(), p.at("head").get<bool>()};
+}
+
+double seconds_alone(Backend& backend, DType dtype, const ProductShape& s) {
+  const DType sums = accumulation_dtype(dtype), out_dtype = s.accumulation_out ? sums : dtype;
+  const int64_t bytes = (s.rows * s.k * 2 + s.n * s.k) * dtype_bytes(dtype) + s.n * s.k * dtype_bytes(sums) +
+                        s.rows * s.pitch * dtype_bytes(out_dtype) + 5 * 64;
+  Arena memory("products", backend, bytes);
+  const Tensor in = memory.allocate("in", dtype, {s.rows, s.k}), din = memory.allocate("din", dtype, {s.rows, s.k}),
+               weight = memory.allocate("weight", dtype, {s.n, s.k}),
+               dweight = memory.allocate("dweight", sums, {s.n, s.k}),
+               wide = memory.allocate("out", out_dtype, {s.rows, s.pitch});
+  for (const Tensor& t : {in, din, weight, dweight, wide}) backend.zero(t);
+  Tensor out = wide;
+  out.shape[1] = s.n, out.row_pitch = s.pitch;
+  return best_seconds(
+      [&] {
+        if (s.backward)
+          backend.linear_backward(s.din ? din : Tensor(), s.dweight ? dweight : Tensor(), {}, out, in, weight);
+        else
+          backend.linear_forward(out, in, weight, {});
+        backend.synchronize();
+      },
+      50, 0.15);
+}
+
+}  // namespace
+
+Machine measure_machine(Backend& backend, int threads, bool quick) {
+  Machine m;
+  m.processor = processor_name();
+  m.instructions = instruction_set();
+  m.threads = threads > 0 ? threads : omp_get_num_procs();
+  m.bandwidth = measure_bandwidth(m.threads, quick);
+  for (int i = 0; i < (quick ? 1 : 4); ++i) {
+    m.bf16_rate = std::max(m.bf16_rate, measure_gemm_rate(backend, DType::bf16));
+    m.fp32_rate = std::max(m.fp32_rate, measure_gemm_rate(backend, DType::f32));
+  }
+  return m;
+}
+
+Json machine_json(const Machine& m) {
+  return {{"processor", m.processor},   {"instructions", m.instructions},  {"threads", m.threads},
+          {"bandwidth", m.bandwidth}, {"gemm_rate", {{"bf16", m.bf16_rate}, {"fp32", m.fp32_rate}}}};
+}
+
+std::string machine_text(const Machine& m) {
+  return concat("machine: ", m.processor, ", ", m.threads, m.threads == 1 ? " thread, " : " threads, ", m.instructions,
+                "; memory ", number_text(m.bandwidth / 1e9, 1), " GB/s; 2048^3 products ",
+                number_text(m.bf16_rate / 1e9, 0), " GFLOP/s bf16, ", number_text(m.fp32_rate / 1e9, 0), " fp32\n");
+}
+
+ProductsAlone products_alone(Backend& backend, DType dtype, const Json& products, bool of_head) {
+  ProductsAlone sum;
+  for (const Json& p : products) {
+    const ProductShape shape = shape_of(p);
+    if (shape.head != of_head) continue;
+    const double calls = p.at("calls").get<double>();
+    sum.add({p.at("seconds").get<double>(), calls * seconds_alone(backend, dtype, shape), p.at("flops").get<double>()});
+  }
+  return sum;
+}
+
+}  // namespace orpo::bench
