@@ -36,7 +36,7 @@ ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 
-.PHONY: all run bench bench-peer test test-real deps rooms fuzz clean help
+.PHONY: all run bench bench-peer bench-llmc test test-real deps rooms fuzz clean help
 .DELETE_ON_ERROR:
 
 all: $(binaries)
@@ -60,6 +60,11 @@ bench: deps
 bench-peer: deps
 	@$(MAKE) --no-print-directory all
 	@tools/bench_peer.sh $(BENCH)
+
+# Beside llm.c's CPU program, on the shape of GPT-2 124M: make bench-llmc LLMC=DIR, a clone of its repository.
+bench-llmc: deps
+	@$(MAKE) --no-print-directory all
+	@tools/bench_llmc.py $(LLMC) --json build/bench_llmc.json $(BENCH)
 
 # The real model: needs Python with pip and the network, once.
 test-real: deps
@@ -124,6 +129,7 @@ help:
 	@echo "make test       install missing packages, build, run every test"
 	@echo "make bench      where a step's time and memory go, on three models (BENCH=--help: its options)"
 	@echo "make bench-peer speed and memory beside TRL on the same rows (BENCH=\"--data FILE\"; Python, network)"
+	@echo "make bench-llmc LLMC=DIR  speed beside llm.c's CPU program, from a clone of its repository"
 	@echo "make test-real  fetch SmolLM2-135M-Instruct and compare with the numbers TRL gave (Python, network)"
 	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
 	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
