@@ -1,7 +1,7 @@
 # make          the programs                       make test   packages, programs, then every test
 # make run      packages, programs, demonstration  make help   all targets
 #
-# BUILD=release (default), debug or sanitize.  ARCH=native (default) or, for a binary that runs elsewhere, x86-64-v3.
+# BUILD=release (default), debug, sanitize or thread (ThreadSanitizer, for the CUDA rooms on the emulator).  ARCH=native (default) or, for a binary that runs elsewhere, x86-64-v3.
 
 BUILD    ?= release
 ARCH     ?= native
@@ -12,6 +12,8 @@ comma    := ,
 flags.release  := -O3 -g1
 flags.debug    := -O0 -g -D_GLIBCXX_ASSERTIONS
 flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
+# g++ expands copies of 16 bytes where ThreadSanitizer does not see them.
+flags.thread   := -O1 -g -fsanitize=thread -fno-builtin-memcpy -fno-builtin-memset
 CPPFLAGS += -I. -MMD -MP
 # -Wno-restrict: g++ 12 warns of its own std::string (GCC bug 105651).
 CXXFLAGS += -std=c++20 -Wall -Wextra -Wno-restrict -fno-math-errno -fopenmp -march=$(ARCH) $(flags.$(BUILD))
@@ -24,6 +26,7 @@ rooms    := embedding linear norm rope attention attention_decode activation hea
 mains    := $(programs:%=src/%.cpp) src/bench.cpp
 sources  := $(filter-out $(mains),$(wildcard src/*.cpp src/cpu/*.cpp tokenizer/*.cpp data/*.cpp))
 objects  := $(sources:%.cpp=$(OUT)/%.o)
+emulated := $(patsubst %,$(OUT)/%.o,$(basename $(wildcard cuda/*.cu cuda/emulator/*.cpp)))
 tests    := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/*.cpp))
 fuzzers  := $(patsubst tests/fuzz/%.cpp,build/fuzz/%,$(wildcard tests/fuzz/*.cpp))
 binaries := $(programs:%=$(if $(filter release,$(BUILD)),,$(OUT)/)orpo_%)
@@ -36,7 +39,7 @@ ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 
-.PHONY: all run bench bench-peer bench-llmc test test-real deps rooms fuzz clean help
+.PHONY: all run bench bench-peer bench-llmc test test-real deps rooms fuzz gpu-report clean help
 .DELETE_ON_ERROR:
 
 all: $(binaries)
@@ -80,7 +83,7 @@ $(binaries):
 $(OUT)/orpo_bench: $(objects) $(benches:%.cpp=$(OUT)/%.o)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
-$(OUT)/orpo_tests: $(objects) $(tests)
+$(OUT)/orpo_tests: $(objects) $(emulated) $(tests)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 # Tests are compiled more often than they run.
@@ -88,6 +91,15 @@ $(OUT)/tests/%.o: CXXFLAGS := $(CXXFLAGS:-O3=-O1)
 $(OUT)/%.o: %.cpp | build/.packages
 	@mkdir -p $(@D)
 	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -c -o $@ $<
+
+# Kernels, built by the host compiler for the emulator. ThreadSanitizer must not see the emulator's own bookkeeping.
+ifeq ($(BUILD),thread)
+$(patsubst %.cpp,$(OUT)/%.o,$(wildcard cuda/emulator/*.cpp)): flags.thread := -O1 -g -DEMULATOR_THREAD_SANITIZER
+endif
+$(emulated) $(OUT)/tests/emulator.o $(OUT)/tests/emulator_faults.o: CXXFLAGS += -Wno-unknown-pragmas
+$(OUT)/%.o: %.cu | build/.packages
+	@mkdir -p $(@D)
+	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -c -o $@ -x c++ $<
 
 # Names each missing package with the command that brings it.
 build/.packages:
@@ -111,6 +123,17 @@ deps:
 rooms:
 	@tools/check_rooms.sh $(rooms)
 
+# Every kernel compiled for GPUs: registers and shared memory of each; a spill is an error. Needs nvcc, no GPU.
+NVCC     ?= nvcc
+gpu_logs := $(patsubst cuda/%.cu,build/gpu/%.log,$(wildcard cuda/*.cu))
+gpu_archs:= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
+gpu-report: $(gpu_logs)
+	@tools/gpu_report.py $^
+build/gpu/%.log: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h src/*.h)
+	@command -v $(NVCC) >/dev/null || { echo "no nvcc here: kernels run on the emulator only (make test)"; exit 2; }
+	@mkdir -p $(@D)
+	@$(NVCC) -std=c++20 -O3 -I. $(gpu_archs) -Xptxas -v -c -o $(@:.log=.o) $< 2>$@ || { cat $@; exit 1; }
+
 fuzz: $(fuzzers)
 .SECONDARY: $(sources:%.cpp=build/fuzz/objects/%.o)
 fuzz_flags := -std=c++20 -O1 -g -fopenmp=libgomp -march=$(ARCH) -I. -fsanitize=address
@@ -132,6 +155,7 @@ help:
 	@echo "make bench-llmc LLMC=DIR  speed beside llm.c's CPU program, from a clone of its repository"
 	@echo "make test-real  fetch SmolLM2-135M-Instruct and compare with the numbers TRL gave (Python, network)"
 	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
+	@echo "make gpu-report compile the kernels for sm_80 and sm_90a: registers, shared memory, no spills (nvcc, no GPU)"
 	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
 
 -include $(shell find $(OUT) build/fuzz -name '*.d' 2>/dev/null)

@@ -8,11 +8,13 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "src/backend.h"
+#include "tests/emulated.h"
 
 // A case that lacks what it needs: says why and ends, counted as skipped.
 #define SKIP_CASE(why)                                      \
@@ -34,21 +36,34 @@ struct Device {
   std::string name;
   std::function<std::unique_ptr<Backend>()> make;
   std::vector<DType> dtypes;
+  bool emulated = false;
 };
 
+// The emulated GPU comes once for each order of its threads.
 inline const std::vector<Device>& devices() {
+  const auto emulated = [](const char* name, emulator::Settings settings) {
+    return Device{name, [settings] { return make_emulated_backend(settings); }, {DType::f32, DType::bf16}, true};
+  };
+  using emulator::Order;
   static const std::vector<Device> all{
-      {"cpu", [] { return make_cpu_backend(0); }, {DType::f64, DType::f32, DType::bf16}}};
+      {"cpu", [] { return make_cpu_backend(0); }, {DType::f64, DType::f32, DType::bf16}},
+      emulated("cuda-emulated, forward", {.order = Order::forward}),
+      emulated("cuda-emulated, reverse", {.order = Order::reverse}),
+      emulated("cuda-emulated, random, two threads", {.order = Order::random, .seed = 1, .threads = 2}),
+      emulated("cuda-emulated, another random", {.order = Order::random, .seed = 2})};
   return all;
 }
 
-// body(backend, dtype) for every backend and dtype.
+// body(backend, dtype) for every backend and dtype. What the emulated GPU computes is the same bit by bit in every
+// order of its threads.
 template <class Body> void each_device(Body&& body) {
+  std::map<DType, uint64_t> bits;
   for (const Device& device : devices())
     for (DType dtype : device.dtypes) {
       INFO(device.name, " ", std::string(dtype_name(dtype)));
       const auto backend = device.make();
       body(*backend, dtype);
+      if (device.emulated) CHECK(bits.try_emplace(dtype, downloaded(*backend)).first->second == downloaded(*backend));
     }
 }
 

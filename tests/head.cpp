@@ -89,8 +89,10 @@ TEST_CASE("head: gather and scatter_add; a row named twice receives both") {
     CHECK(dout.values() == added);
     DeviceTensor outside(backend, DType::i32, {named}, Values{0, 1, 2, 97, 4, 5}),
         narrow(backend, dtype, {rows, width - 1});
-    check_refuses([&] { backend.gather(out, in, outside); }, "gather", "target row 3 is 97 of 97");
-    check_refuses([&] { backend.scatter_add(dout, din, outside); }, "scatter_add", "target row 3 is 97 of 97");
+    check_refuses([&] { backend.gather(out, in, outside), backend.synchronize(); }, "gather",
+                  "target row 3 is 97 of 97");
+    check_refuses([&] { backend.scatter_add(dout, din, outside), backend.synchronize(); }, "scatter_add",
+                  "target row 3 is 97 of 97");
     check_refuses([&] { backend.gather(out, narrow, index); }, "gather", "stream is [97, 36]");
     check_refuses([&] { backend.scatter_add(narrow, din, index); }, "scatter_add", "stream is [97, 36]");
   });
@@ -352,12 +354,19 @@ TEST_CASE("head: refuses targets outside the vocabulary and shapes that differ")
     DeviceTensor outside(backend, DType::i32, {2}, Values{0, 5}), narrow(backend, dtype, {2, 4}),
         pairs(backend, DType::i32, {1, 4}, Values{0, 1, 1, 1});
     PairResult result;
-    check_refuses([&] { backend.head_forward(v, v, logits, outside); }, "head_forward", "target token 1 is 5 of 5");
+    check_refuses([&] { backend.head_forward(v, v, logits, outside), backend.synchronize(); }, "head_forward",
+                  "target token 1 is 5 of 5");
+    check_refuses([&] { backend.head_backward(gradient, logits, v, v, v, outside), backend.synchronize(); },
+                  "head_backward", "target token 1 is 5 of 5");
     check_refuses([&] { backend.head_forward(v3, v, logits, t); }, "head_forward", "logp is [3]");
     check_refuses([&] { backend.head_backward(gradient, logits, v, v, v3, t); }, "head_backward", "coefficient is [3]");
     check_refuses([&] { backend.head_backward(narrow, logits, v, v, v, t); }, "head_backward", "dlogits is [2, 4]");
-    check_refuses([&] { backend.preference(&result, v, v, pairs, Objective::orpo, 0.1, normalisers, true); },
-                  "preference", "[0, 3) of 2");
+    check_refuses(
+        [&] {
+          backend.preference(&result, v, v, pairs, Objective::orpo, 0.1, normalisers, true);
+          backend.synchronize();
+        },
+        "preference", "[0, 3) of 2");
     check_refuses([&] { backend.preference(&result, v3, v, pairs, Objective::orpo, 0.1, normalisers, true); },
                   "preference", "coefficient is [3]");
     check_refuses([&] { backend.preference(&result, v, v, v, Objective::orpo, 0.1, normalisers, true); }, "preference",

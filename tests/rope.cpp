@@ -109,6 +109,11 @@ TEST_CASE("rope: refuses odd rotary sizes and negative positions") {
         },
         "rope_backward", "3 query heads share 2");
     check_refuses([&] { backend.rope_backward(qkv, positions, {2, 1, 8, 8, 1e4}); }, "rope_backward", "qkv is [2, 24]");
-    check_refuses([&] { backend.rope_forward(qkv, below, {1, 1, 8, 8, 1e4}); }, "rope_forward", "position is -1");
+    check_refuses(
+        [&] {
+          backend.rope_forward(qkv, below, {1, 1, 8, 8, 1e4});
+          backend.synchronize();
+        },
+        "rope_forward", "position is -1");
   });
 }

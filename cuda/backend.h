@@ -1,0 +1,77 @@
+// The CUDA backend: each room's file cuda/X.cu holds X_forward then X_backward of this class, with the meaning that
+// src/backend.h gives them. It becomes a Backend when every operation has its kernels (backend.cu); the ones written so
+// far are declared here, and tests/emulated.cpp lets the CPU compute the rest.
+#pragma once
+
+#include "src/backend.h"
+
+namespace orpo {
+
+// What the device found that the host could not see when it launched: an index out of range. Kernels skip what they
+// refuse and note one such case; synchronize() throws it as the MachineError that the CPU backend throws at once.
+struct Refused {
+  enum Kind : int32_t {
+    nothing,
+    embedding_forward,
+    embedding_backward,
+    rope_forward,
+    rope_backward,
+    gather,
+    scatter_add,
+    head_forward,
+    head_backward,
+    preference
+  };
+  int32_t kind;
+  int64_t numbers[4];  // what they are is in the kind's message (memory.cu)
+};
+
+class CudaBackend {
+ public:
+  CudaBackend();
+  ~CudaBackend();
+  CudaBackend(const CudaBackend&) = delete;
+
+  // memory.cu
+  void* allocate(int64_t bytes);
+  void release(void* memory, int64_t bytes);
+  void upload(const Tensor& device, const void* host);
+  void download(void* host, const Tensor& device);
+  void zero(const Tensor& x);
+  void convert(const Tensor& out, const Tensor& in);
+  void synchronize();
+
+  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens);
+  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding);
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
+                    const Tensor& branch, const Tensor& weight, double epsilon);
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
+                     const Tensor& sum, const Tensor& rstd, const Tensor& weight);
+  void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape);
+  void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape);
+  void activation_forward(const Tensor& out, const Tensor& gate_up);
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up);
+  void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows);
+  void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows);
+  void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens);
+  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+                  Objective objective, double lambda, const Normalisers& normalisers, bool nll_includes_prompt);
+  void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
+                     const Tensor& coefficient, const Tensor& target_tokens);
+  double sum_of_squares(const Tensor& gradient);
+  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
+             const Tensor& gradient, const AdamW& settings);
+
+ private:
+  // Device memory for one operation; the next one may write over it.
+  template <class T> T* scratch(int64_t count) {
+    return static_cast<T*>(reserve_scratch(count * static_cast<int64_t>(sizeof(T))));
+  }
+  void* reserve_scratch(int64_t bytes);
+
+  Refused* refused_;  // on the device
+  void* scratch_ = nullptr;
+  int64_t scratch_bytes_ = 0;
+};
+
+}  // namespace orpo

@@ -1,0 +1,114 @@
+// The device's memory: allocation, copies, conversions, and what its kernels refused.
+#include "cuda/gpu.cuh"
+
+namespace orpo {
+
+CudaBackend::CudaBackend() : refused_(static_cast<Refused*>(gpu_allocate(sizeof(Refused)))) {
+  gpu_zero(refused_, sizeof(Refused), nullptr);
+}
+
+CudaBackend::~CudaBackend() {
+  gpu_release(scratch_);
+  gpu_release(refused_);
+}
+
+void* CudaBackend::allocate(int64_t bytes) { return gpu_allocate(bytes); }
+void CudaBackend::release(void* memory, int64_t) { gpu_release(memory); }
+
+void* CudaBackend::reserve_scratch(int64_t bytes) {
+  if (bytes <= scratch_bytes_) return scratch_;
+  gpu_wait(nullptr);
+  gpu_release(scratch_);
+  scratch_bytes_ = 0;
+  scratch_ = gpu_allocate(bytes);
+  scratch_bytes_ = bytes;
+  return scratch_;
+}
+
+void CudaBackend::upload(const Tensor& device, const void* host) {
+  gpu_upload(device.data, host, device.bytes(), nullptr);
+}
+void CudaBackend::download(void* host, const Tensor& device) {
+  gpu_download(host, device.data, device.bytes(), nullptr);
+  gpu_wait(nullptr);
+}
+void CudaBackend::zero(const Tensor& x) { gpu_zero(x.data, x.bytes(), nullptr); }
+
+namespace {
+
+constexpr int threads = 256, N = 4;
+
+// A thread takes N entries and reads them before it writes: out may be in.
+template <bool aligned, class To, class From> __global__ void convert_kernel(To* out, const From* in, int64_t count) {
+  const int64_t at = (int64_t{blockIdx.x} * threads + threadIdx.x) * N;
+  if (at >= count) return;
+  float v[N];
+  load<aligned>(v, in + at, count - at);
+  store<aligned>(out + at, v, count - at);
+}
+
+}  // namespace
+
+void CudaBackend::convert(const Tensor& out, const Tensor& in) {
+  shapes::convert(out, in);
+  const int64_t count = out.elements();
+  if (count == 0) return;
+  with_gpu_dtype("convert", out.dtype, [&](auto to) {
+    with_gpu_dtype("convert", in.dtype, [&](auto from) {
+      using To = decltype(to);
+      using From = decltype(from);
+      const bool aligned = starts_aligned({&out, &in});
+      launch(aligned ? convert_kernel<true, To, From> : convert_kernel<false, To, From>, blocks_for(count, threads * N),
+             threads, 0, nullptr, out.as<To>(), in.as<const From>(), count);
+    });
+  });
+}
+
+namespace {
+
+struct Message {
+  const char *operation, *format;
+};
+
+Message message_of(Refused::Kind kind) {
+  switch (kind) {
+    case Refused::embedding_forward:
+      return {"embedding_forward", "tokens of the table; token %lld is %lld of %lld"};
+    case Refused::embedding_backward:
+      return {"embedding_backward", "tokens of the table; token %lld is %lld of %lld"};
+    case Refused::rope_forward:
+      return {"rope_forward", "positions from 0 on; row %lld's position is %lld"};
+    case Refused::rope_backward:
+      return {"rope_backward", "positions from 0 on; row %lld's position is %lld"};
+    case Refused::gather:
+      return {"gather", "rows of the stream; target row %lld is %lld of %lld"};
+    case Refused::scatter_add:
+      return {"scatter_add", "rows of the stream; target row %lld is %lld of %lld"};
+    case Refused::head_forward:
+      return {"head_forward", "tokens of the vocabulary; target token %lld is %lld of %lld"};
+    case Refused::head_backward:
+      return {"head_backward", "tokens of the vocabulary; target token %lld is %lld of %lld"};
+    case Refused::preference:
+      return {"preference", "targets that exist; pair %lld has targets [%lld, %lld) of %lld"};
+    case Refused::nothing:
+      break;
+  }
+  return {"the device", "a known refusal (%lld)"};
+}
+
+}  // namespace
+
+void CudaBackend::synchronize() {
+  Refused refused;
+  gpu_download(&refused, refused_, sizeof refused, nullptr);
+  gpu_wait(nullptr);
+  if (refused.kind == Refused::nothing) return;
+  gpu_zero(refused_, sizeof(Refused), nullptr);
+  const Message message = message_of(static_cast<Refused::Kind>(refused.kind));
+  const auto n = [&](int i) { return static_cast<long long>(refused.numbers[i]); };
+  char text[200];
+  snprintf(text, sizeof text, message.format, n(0), n(1), n(2), n(3));
+  fail_machine(message.operation, ": needs ", static_cast<const char*>(text));
+}
+
+}  // namespace orpo
