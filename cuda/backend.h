@@ -38,7 +38,6 @@ class CudaBackend {
   void upload(const Tensor& device, const void* host);
   void download(void* host, const Tensor& device);
   void zero(const Tensor& x);
-  void convert(const Tensor& out, const Tensor& in);
   void synchronize();
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens);
@@ -58,9 +57,8 @@ class CudaBackend {
                   Objective objective, double lambda, const Normalisers& normalisers, bool nll_includes_prompt);
   void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
                      const Tensor& coefficient, const Tensor& target_tokens);
-  double sum_of_squares(const Tensor& gradient);
-  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
-             const Tensor& gradient, const AdamW& settings);
+  std::vector<double> sums_of_squares(std::span<const Tensor> gradients);
+  void adamw(std::span<const AdamWTensors> list, const AdamW& settings);
 
  private:
   // Device memory for one operation; the next one may write over it.

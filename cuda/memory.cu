@@ -1,4 +1,4 @@
-// The device's memory: allocation, copies, conversions, and what its kernels refused.
+// The device's memory: allocation, copies, and what its kernels refused.
 #include "cuda/gpu.cuh"
 
 namespace orpo {
@@ -33,36 +33,6 @@ void CudaBackend::download(void* host, const Tensor& device) {
   gpu_wait(nullptr);
 }
 void CudaBackend::zero(const Tensor& x) { gpu_zero(x.data, x.bytes(), nullptr); }
-
-namespace {
-
-constexpr int threads = 256, N = 4;
-
-// A thread takes N entries and reads them before it writes: out may be in.
-template <bool aligned, class To, class From> __global__ void convert_kernel(To* out, const From* in, int64_t count) {
-  const int64_t at = (int64_t{blockIdx.x} * threads + threadIdx.x) * N;
-  if (at >= count) return;
-  float v[N];
-  load<aligned>(v, in + at, count - at);
-  store<aligned>(out + at, v, count - at);
-}
-
-}  // namespace
-
-void CudaBackend::convert(const Tensor& out, const Tensor& in) {
-  shapes::convert(out, in);
-  const int64_t count = out.elements();
-  if (count == 0) return;
-  with_gpu_dtype("convert", out.dtype, [&](auto to) {
-    with_gpu_dtype("convert", in.dtype, [&](auto from) {
-      using To = decltype(to);
-      using From = decltype(from);
-      const bool aligned = starts_aligned({&out, &in});
-      launch(aligned ? convert_kernel<true, To, From> : convert_kernel<false, To, From>, blocks_for(count, threads * N),
-             threads, 0, nullptr, out.as<To>(), in.as<const From>(), count);
-    });
-  });
-}
 
 namespace {
 

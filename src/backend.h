@@ -14,7 +14,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "src/batch.h"
 #include "src/objective.h"
@@ -43,6 +45,16 @@ struct AdamW {
   double gradient_scale;  // multiplies every gradient first: the clipping factor
 };
 
+// One parameter's part in an update; all of one size. Where weights are bf16 the fp32 master is the weight together
+// with its correction (master.h), else it is the weight.
+struct AdamWTensors {
+  Tensor weight;         // T
+  Tensor correction;     // int16, or absent
+  Tensor first, second;  // moments m and v, A
+  Tensor gradient;       // A
+  bool decays;           // weight_decay applies
+};
+
 // Result of the preference operation for one pair; sums, never means, so that micro-batches and ranks add up.
 struct PairResult {
   double chosen_logp_sum, rejected_logp_sum, prompt_logp_sum;
@@ -60,7 +72,6 @@ struct Backend {
   virtual void upload(const Tensor& device, const void* host) = 0;  // device = host
   virtual void download(void* host, const Tensor& device) = 0;      // host = device
   virtual void zero(const Tensor& x) = 0;                           // x = 0
-  virtual void convert(const Tensor& out, const Tensor& in) = 0;    // out = in, rounded; as many elements
   virtual void synchronize() = 0;                                   // returns when everything asked for is done
 
   // Brackets around each layer of forward and backward (layer -1: embedding, layers: the head's side): no-ops on one
@@ -154,15 +165,13 @@ struct Backend {
   virtual void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
                              const Tensor& coefficient, const Tensor& target_tokens) = 0;
 
-  // adamw: sum of squares of a gradient tensor, in double, in a fixed order; not finite where an entry is not.
-  virtual double sum_of_squares(const Tensor& gradient) = 0;
-  // AdamW with decoupled decay (Loshchilov & Hutter 2019; torch.optim.AdamW), g = gradient_scale * gradient; gradient,
-  // moments m (first) and v (second) and master A:
+  // adamw: sum of squares of each gradient tensor, in double, in a fixed order; not finite where an entry is not.
+  virtual std::vector<double> sums_of_squares(std::span<const Tensor> gradients) = 0;
+  // AdamW with decoupled decay (Loshchilov & Hutter 2019; torch.optim.AdamW) of every tensor of the list, in one pass
+  // over memory; g = gradient_scale * gradient:
   //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  mhat, vhat: m, v over 1 - b1^step, 1 - b2^step
-  //   master -= lr * decay * master;  master -= lr * mhat / (sqrt(vhat) + eps);  weight T = master, rounded
-  // weight may be master itself (fp32 training keeps one copy).
-  virtual void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
-                     const Tensor& gradient, const AdamW& settings) = 0;
+  //   master -= lr * decay * master (where it decays);  master -= lr * mhat / (sqrt(vhat) + eps)
+  virtual void adamw(std::span<const AdamWTensors> list, const AdamW& settings) = 0;
 };
 
 // The CPU backend: OpenMP threads, oneDNN for matrix products. threads 0: all the machine has.

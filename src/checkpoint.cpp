@@ -36,17 +36,17 @@ std::optional<int64_t> step_of(std::string_view name) {
 
 // Our own tensors in one file: names and fused shapes as in parameters().
 std::vector<FilePart> write_state(const fs::path& folder, const char* file, const Config& config,
-                                  const std::vector<std::pair<std::string, Weights>>& groups, Backend& backend) {
+                                  const std::vector<std::pair<std::string, Masters>>& groups, Backend& backend) {
   std::vector<SafetensorsWriter::Entry> entries;
   std::vector<Parameter> list;
-  for (const auto& [group, weights] : groups)
-    for (const Parameter& p : parameters(config, weights)) {
+  for (const auto& [group, masters] : groups)
+    for (const Parameter& p : parameters(config, masters)) {
       entries.push_back(
           {group + p.name, StoredDType::f32, {p.tensor.shape.begin(), p.tensor.shape.begin() + p.tensor.rank}});
       list.push_back(p);
     }
   SafetensorsWriter writer(folder / file, entries);
-  for (const Parameter& p : list) write_values(writer, p.tensor, StoredDType::f32, p.name, backend);
+  for (const Parameter& p : list) write_values(writer, p.master(), StoredDType::f32, p.name, backend);
   writer.finish();
   std::vector<FilePart> parts = writer.parts();
   for (FilePart& part : parts) part.file = file;
@@ -54,17 +54,17 @@ std::vector<FilePart> write_state(const fs::path& folder, const char* file, cons
 }
 
 void read_state(const fs::path& folder, const char* file, const Config& config,
-                const std::vector<std::pair<std::string, Weights>>& groups, Backend& backend) {
+                const std::vector<std::pair<std::string, Masters>>& groups, Backend& backend) {
   const StoredWeights stored = StoredWeights::of_file(folder / file);
   size_t expected = 0;
-  for (const auto& [group, weights] : groups)
-    for (const Parameter& p : parameters(config, weights)) {
+  for (const auto& [group, masters] : groups)
+    for (const Parameter& p : parameters(config, masters)) {
       const StoredTensor* tensor = stored.find(group + p.name);
       const std::vector<int64_t> shape(p.tensor.shape.begin(), p.tensor.shape.begin() + p.tensor.rank);
       if (!tensor || tensor->shape != shape || tensor->dtype != StoredDType::f32)
         fail((folder / file).string(), ": tensor '", group + p.name, "' ", shape_text(p.tensor),
              tensor ? " has another shape or dtype" : " is missing", "; the checkpoint is of another model");
-      read_values(p.tensor, *tensor, backend);
+      read_values(p.master(), *tensor, backend);
       ++expected;
     }
   if (stored.tensors().size() != expected)

@@ -38,9 +38,10 @@ struct TrainingState {
   std::vector<std::string> log_history;                      // one JSON object an entry, with "step" and "epoch"
 };
 
-// Masters (in fp32 training the weights themselves) and AdamW's moments: fp32 in the files.
+// Masters and AdamW's moments: fp32 in the files.
 struct OptimizerTensors {
-  Weights masters, first, second;
+  Masters masters;
+  Weights first, second;
 };
 
 // Writes OUT/checkpoint-<state.step>, proves it by reading it back, then deletes the oldest ones beyond keep (at least
@@ -71,7 +72,8 @@ void sweep_leftovers(const std::filesystem::path& out);
 // OUT/checkpoint-N by ascending N, whole or not.
 std::vector<std::pair<int64_t, std::filesystem::path>> list_checkpoints(const std::filesystem::path& out);
 
-// Fills masters and moments, bit for bit as they were saved. Throws UserError where the checkpoint is of another model.
+// Fills masters and moments, bit for bit as they were saved (fp32 masters of fp32 training, loaded into bf16 weights with
+// corrections, as master.h says). Throws UserError where the checkpoint is of another model.
 void load_checkpoint(const Checkpoint& checkpoint, const Config& config, const OptimizerTensors& tensors,
                      Backend& backend);
 

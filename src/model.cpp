@@ -68,6 +68,14 @@ std::vector<Parameter> parameters(const Config& c, const Weights& w) {
   return list;
 }
 
+std::vector<Parameter> parameters(const Config& c, const Masters& masters) {
+  std::vector<Parameter> list = parameters(c, masters.weights);
+  if (!masters.corrections.embedding) return list;
+  const std::vector<Parameter> corrections = parameters(c, masters.corrections);
+  for (size_t i = 0; i < list.size(); ++i) list[i].correction = corrections[i].tensor;
+  return list;
+}
+
 Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Keep keep, Arena& arena) {
   Activations a;
   const DType sums = accumulation_dtype(dtype);

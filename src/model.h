@@ -4,11 +4,13 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "src/arena.h"
 #include "src/backend.h"
 #include "src/batch.h"
+#include "src/master.h"
 #include "src/tensor.h"
 
 namespace orpo {
@@ -68,6 +70,15 @@ struct Weights {
   static Weights allocate(const Config& config, DType dtype, Arena& arena);
 };
 
+// Weights at full precision.
+struct Masters {
+  Weights weights;
+  Weights corrections;  // int16 (master.h); without tensors where the weights are the masters
+
+  Masters(Weights weights, Weights corrections = {})
+      : weights(std::move(weights)), corrections(std::move(corrections)) {}
+};
+
 // One trainable tensor. Every Weights of a Config lists the same parameters in the same order (a tied output once, as
 // the embedding).
 struct Parameter {
@@ -75,8 +86,12 @@ struct Parameter {
   Tensor tensor;
   int layer;    // -1: embedding; config.layers: final norm and output
   bool decays;  // weight decay applies: matrices yes, norms and biases no
+  Tensor correction{};  // of a master; absent: the tensor is the master
+
+  MasterTensor master() const { return {tensor, correction}; }
 };
 std::vector<Parameter> parameters(const Config& config, const Weights& weights);
+std::vector<Parameter> parameters(const Config& config, const Masters& masters);
 
 // What forward() leaves for backward(), for one micro-batch: in the activation dtype T, or its accumulation dtype A.
 // What the norms and the activation wrote is not kept: their backward makes it again.

@@ -89,7 +89,7 @@ std::vector<FilePart> write_places(const fs::path& file, const std::vector<Tenso
   for (const TensorPlace& place : places) entries.push_back({place.name, dtype, place.shape});
   SafetensorsWriter writer(file, entries);
   for (const TensorPlace& place : places)
-    write_values(writer, list[place.parameter].tensor.slice(place.first_row, place.shape[0]), dtype, place.name,
+    write_values(writer, list[place.parameter].master().slice(place.first_row, place.shape[0]), dtype, place.name,
                  backend);
   writer.finish();
   return writer.parts();
@@ -114,15 +114,15 @@ bool is_weights_file(const std::string& name) {
          (name.starts_with("model-") && name.ends_with(".safetensors"));
 }
 
-StoredDType load_weights(const fs::path& folder, const Config& config, const Weights& weights, Backend& backend) {
+StoredDType load_weights(const fs::path& folder, const Config& config, const Masters& masters, Backend& backend) {
   const StoredWeights stored = StoredWeights::of_folder(folder);
   const std::vector<TensorPlace> places = tensor_places(config);
   check_tensors(stored, places, config, folder);
-  const std::vector<Parameter> list = parameters(config, weights);
+  const std::vector<Parameter> list = parameters(config, masters);
   StoredDType dtype = *stored.find(places[0].name)->dtype;
   for (const TensorPlace& place : places) {
     const StoredTensor& tensor = *stored.find(place.name);
-    read_values(list[place.parameter].tensor.slice(place.first_row, place.shape[0]), tensor, backend);
+    read_values(list[place.parameter].master().slice(place.first_row, place.shape[0]), tensor, backend);
     dtype = widest(dtype, *tensor.dtype);
   }
   backend.synchronize();
@@ -140,9 +140,9 @@ StoredDType stored_dtype(const fs::path& folder, const ModelDescription& descrip
   return dtype;
 }
 
-std::vector<FilePart> save_weights(const fs::path& folder, const Config& config, const Weights& weights,
+std::vector<FilePart> save_weights(const fs::path& folder, const Config& config, const Masters& masters,
                                    StoredDType dtype, Backend& backend, int64_t shard_bytes) {
-  const std::vector<Parameter> list = parameters(config, weights);
+  const std::vector<Parameter> list = parameters(config, masters);
   const std::vector<std::vector<TensorPlace>> shards = cut_into_shards(tensor_places(config), dtype, shard_bytes);
   if (shards.size() == 1) return write_places(folder / "model.safetensors", shards[0], list, dtype, backend);
 
@@ -190,7 +190,7 @@ std::vector<std::string> side_files(const fs::path& folder) {
   return names;
 }
 
-std::vector<FilePart> fill_model_folder(const fs::path& folder, const ModelSource& source, const Weights& weights,
+std::vector<FilePart> fill_model_folder(const fs::path& folder, const ModelSource& source, const Masters& masters,
                                         Backend& backend) {
   std::vector<FilePart> parts;
   for (const std::string& name : side_files(source.folder)) {
@@ -201,18 +201,18 @@ std::vector<FilePart> fill_model_folder(const fs::path& folder, const ModelSourc
     if (!inner.empty()) sync_folder(folder / inner);
   }
   parts.push_back(write_file(folder / "config.json", config_json_with_dtype(source.description, source.dtype)));
-  append(parts, save_weights(folder, source.description.config, weights, source.dtype, backend));
+  append(parts, save_weights(folder, source.description.config, masters, source.dtype, backend));
   return parts;
 }
 
-void save_model(const fs::path& out, const ModelSource& source, const Weights& weights, Backend& backend) {
+void save_model(const fs::path& out, const ModelSource& source, const Masters& masters, Backend& backend) {
   make_folder(out);
   const fs::path partial = out / partial_name;
   std::vector<std::string> names;  // in the order of their renaming: weights last, their index at the very end
   try {
     remove_tree(partial);
     make_folder(partial);
-    for (const FilePart& part : fill_model_folder(partial, source, weights, backend))
+    for (const FilePart& part : fill_model_folder(partial, source, masters, backend))
       if (names.empty() || names.back() != part.file) names.push_back(part.file);
     sync_folder(partial);
   } catch (...) {

@@ -14,18 +14,18 @@
 
 namespace orpo {
 
-// Fills weights (any floating dtype; rounded to nearest even) from FOLDER. Throws UserError: one line naming folder or
+// Fills weights (any floating dtype, rounded to nearest even, or bf16 with corrections) from FOLDER. Throws UserError: one line naming folder or
 // file, tensor, expected and actual shape or dtype; missing and unexpected tensors. Returns the dtype the weights are
 // stored in (the widest where they differ): what --save-dtype auto means.
-StoredDType load_weights(const std::filesystem::path& folder, const Config& config, const Weights& weights,
+StoredDType load_weights(const std::filesystem::path& folder, const Config& config, const Masters& masters,
                          Backend& backend);
 // That dtype without loading, from the headers; as config.json says where the folder has no weights (--init random).
 StoredDType stored_dtype(const std::filesystem::path& folder, const ModelDescription& description);
 
-// Writes FOLDER/model.safetensors, or shards of at most shard_bytes and their index. weights: any dtype, rounded once
-// to dtype; give the masters where there are any. Files are fsynced, the folder is not. Returns what was written, with
+// Writes FOLDER/model.safetensors, or shards of at most shard_bytes and their index. Masters are rounded once to
+// dtype. Files are fsynced, the folder is not. Returns what was written, with
 // checksums.
-std::vector<FilePart> save_weights(const std::filesystem::path& folder, const Config& config, const Weights& weights,
+std::vector<FilePart> save_weights(const std::filesystem::path& folder, const Config& config, const Masters& masters,
                                    StoredDType dtype, Backend& backend, int64_t shard_bytes = 5'000'000'000);
 
 // One safetensors file, fp32, names and layouts of transformers' named_parameters(); a tied tensor once. Written beside
@@ -48,10 +48,10 @@ std::vector<std::string> side_files(const std::filesystem::path& folder);
 
 // Fills an existing folder: config.json, side files, weights; every file fsynced.
 std::vector<FilePart> fill_model_folder(const std::filesystem::path& folder, const ModelSource& source,
-                                        const Weights& weights, Backend& backend);
+                                        const Masters& masters, Backend& backend);
 
 // OUT becomes a model folder: everything written to a folder inside it, fsynced, and renamed file by file, weights
 // last. On failure OUT keeps what it had. Throws MachineError naming path and reason.
-void save_model(const std::filesystem::path& out, const ModelSource& source, const Weights& weights, Backend& backend);
+void save_model(const std::filesystem::path& out, const ModelSource& source, const Masters& masters, Backend& backend);
 
 }  // namespace orpo

@@ -79,7 +79,7 @@ MemoryPlan rehearse(const PlanRequest& r, int64_t micro_tokens) {
   const DType sums = accumulation_dtype(r.dtype);
   part("weights", weight_bytes(r.config, r.dtype));
   if (r.trains) {
-    if (r.dtype != sums) part("master weights", weight_bytes(r.config, sums));
+    if (r.dtype != sums) part("corrections to fp32 masters", weight_bytes(r.config, DType::i16));
     part("moments", 2 * weight_bytes(r.config, sums));
     part("gradients", weight_bytes(r.config, sums));
   }

@@ -35,7 +35,7 @@ struct MemoryPlan {
   };
   int64_t micro_tokens = 0;
   MicroLimits limits{};
-  int64_t state_bytes = 0;    // weights, masters, moments, gradients
+  int64_t state_bytes = 0;    // weights, corrections, moments, gradients
   int64_t scratch_bytes = 0;  // high-water mark of a micro-batch, or of decoding
   std::vector<Line> lines;    // parts; the head and the backward pass use the same memory one after the other
   int64_t total() const { return state_bytes + scratch_bytes; }

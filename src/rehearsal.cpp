@@ -14,7 +14,6 @@ struct RehearsalBackend final : Backend {
   void upload(const Tensor&, const void*) override {}
   void download(void*, const Tensor&) override {}
   void zero(const Tensor&) override {}
-  void convert(const Tensor& out, const Tensor& in) override { shapes::convert(out, in); }
   void synchronize() override {}
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
@@ -86,14 +85,11 @@ struct RehearsalBackend final : Backend {
                      const Tensor& coefficient, const Tensor& target_tokens) override {
     shapes::head_backward(dlogits, logits, lse, logp, coefficient, target_tokens);
   }
-  double sum_of_squares(const Tensor& gradient) override {
-    shapes::sum_of_squares(gradient);
-    return 0;
+  std::vector<double> sums_of_squares(std::span<const Tensor> gradients) override {
+    shapes::sums_of_squares(gradients);
+    return std::vector<double>(gradients.size());
   }
-  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
-             const Tensor& gradient, const AdamW& settings) override {
-    shapes::adamw(weight, master, first, second, gradient, settings);
-  }
+  void adamw(std::span<const AdamWTensors> list, const AdamW& settings) override { shapes::adamw(list, settings); }
 };
 
 }  // namespace

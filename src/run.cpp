@@ -156,13 +156,12 @@ void Run::load_state() {
     if (options_.init == Init::random)
       draw_weights(*model_, options_.seed);
     else
-      load_weights(options_.model, model_->config, t.weights, *backend_);
+      load_weights(options_.model, model_->config, t.masters(), *backend_);
     start_optimizer(*model_);
     return;
   }
   const TrainingState& state = checkpoint_->state;
-  load_checkpoint(*checkpoint_, model_->config, {t.masters, t.first, t.second}, *backend_);
-  weights_from_masters(*model_);
+  load_checkpoint(*checkpoint_, model_->config, {t.masters(), t.first, t.second}, *backend_);
   const auto counter = [&](const char* name) {
     const auto found = state.counters.find(name);
     return found == state.counters.end() ? int64_t{0} : found->second;
@@ -338,7 +337,7 @@ void Run::save() {
   state.options = option_values(Program::train, o);
   state.log_history = history_;
   const TrainingTensors& t = model_->tensors;
-  const fs::path folder = save_checkpoint(o.output, state, source_, {t.masters, t.first, t.second}, o.keep, *backend_);
+  const fs::path folder = save_checkpoint(o.output, state, source_, {t.masters(), t.first, t.second}, o.keep, *backend_);
   saved_ = done;
   console().say("saved ", folder.string());
   saving_seconds_ = seconds_since(start);
@@ -374,7 +373,7 @@ int Run::finish() {
   if (done > 0 && skipped == done)
     fail("loss or gradient was not finite in any of ", done,
          " steps, so nothing was learned and no model is written; look at the weights of ", options_.model);
-  save_model(options_.output, source_, model_->tensors.masters, *backend_);
+  save_model(options_.output, source_, model_->tensors.masters(), *backend_);
   console().say("finished ", total_steps, " steps in ", seconds_text(seconds_since(start_)),
                 skipped ? concat(", ", skipped, " of them skipped") : "", "; the model is in ", options_.output);
   return exit_finished;

@@ -8,7 +8,7 @@ namespace orpo::shapes {
 
 // T: an activation dtype.
 inline void activation_dtype(const char* op, const Tensor& x) {
-  REQUIRE_SHAPE(op, x.dtype != DType::i32, "an activation is ", shape_text(x));
+  REQUIRE_SHAPE(op, x.dtype != DType::i32 && x.dtype != DType::i16, "an activation is ", shape_text(x));
 }
 
 // An activation of the same dtype as `like` and of this many rows and columns.
@@ -210,25 +210,24 @@ inline void head_backward(const Tensor& dlogits, const Tensor& logits, const Ten
   vector(op, "coefficient", coefficient, logits.dtype, logits.rows());
 }
 
-inline void sum_of_squares(const Tensor& gradient) { activation_dtype("sum_of_squares", gradient); }
-
-inline void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
-                  const Tensor& gradient, const AdamW& settings) {
-  const char* op = "adamw";
-  activation_dtype(op, weight);
-  const DType sums = accumulation_dtype(weight.dtype);
-  for (const Tensor* t : {&master, &first, &second, &gradient})
-    REQUIRE_SHAPE(op, t->dtype == sums && t->elements() == weight.elements(), "weight is ", shape_text(weight),
-                  ", master ", shape_text(master), ", moments ", shape_text(first), " and ", shape_text(second),
-                  ", gradient ", shape_text(gradient));
-  REQUIRE_SHAPE(op, settings.step >= 1, "step is ", settings.step);
+inline void sums_of_squares(std::span<const Tensor> gradients) {
+  for (const Tensor& g : gradients) activation_dtype("sums_of_squares", g), dense("sums_of_squares", "gradient", g);
 }
 
-inline void convert(const Tensor& out, const Tensor& in) {
-  const char* op = "convert";
-  activation_dtype(op, out), activation_dtype(op, in);
-  REQUIRE_SHAPE(op, out.elements() == in.elements(), "from ", shape_text(in), " to ", shape_text(out));
-  dense(op, "input", in), dense(op, "output", out);
+inline void adamw(std::span<const AdamWTensors> list, const AdamW& settings) {
+  const char* op = "adamw";
+  for (const AdamWTensors& p : list) {
+    activation_dtype(op, p.weight);
+    const DType sums = accumulation_dtype(p.weight.dtype);
+    const int64_t n = p.weight.elements();
+    for (const Tensor* t : {&p.first, &p.second, &p.gradient})
+      REQUIRE_SHAPE(op, t->dtype == sums && t->elements() == n, "weight is ", shape_text(p.weight), ", moments ",
+                    shape_text(p.first), " and ", shape_text(p.second), ", gradient ", shape_text(p.gradient));
+    const Tensor& c = p.correction;
+    REQUIRE_SHAPE(op, p.weight.dtype == sums ? !c : c.dtype == DType::i16 && c.elements() == n, "weight is ",
+                  shape_text(p.weight), ", correction ", shape_text(c));
+  }
+  REQUIRE_SHAPE(op, settings.step >= 1, "step is ", settings.step);
 }
 
 }  // namespace orpo::shapes

@@ -52,6 +52,30 @@ bool same(DType device, StoredDType stored) {
 }
 
 Tensor flat(const Tensor& t) { return Tensor(t.data, t.dtype, {t.elements()}); }
+MasterTensor flat(const MasterTensor& t) { return {flat(t.weight), t.correction ? flat(t.correction) : t.correction}; }
+
+void upload_split(const MasterTensor& target, const float* masters, Backend& backend) {
+  const int64_t n = target.weight.elements();
+  std::vector<bf16> weights(n);
+  std::vector<int16_t> corrections(n);
+#pragma omp parallel for simd schedule(static) if (n >= large_chunk)
+  for (int64_t i = 0; i < n; ++i) {
+    const SplitMaster split = split_master(masters[i]);
+    weights[i] = split.weight, corrections[i] = split.correction;
+  }
+  backend.upload(target.weight, weights.data());
+  backend.upload(target.correction, corrections.data());
+}
+
+void download_joined(float* masters, const MasterTensor& source, Backend& backend) {
+  const int64_t n = source.weight.elements();
+  std::vector<bf16> weights(n);
+  std::vector<int16_t> corrections(n);
+  backend.download(weights.data(), source.weight);
+  backend.download(corrections.data(), source.correction);
+#pragma omp parallel for simd schedule(static) if (n >= large_chunk)
+  for (int64_t i = 0; i < n; ++i) masters[i] = join_master({weights[i], corrections[i]});
+}
 
 template <class In>
 void require_in_range(const std::byte* in, int64_t n, const std::string& name) {
@@ -84,40 +108,63 @@ f16::operator float() const {
   return std::bit_cast<float>(sign | (magnitude < 0x400u ? std::bit_cast<uint32_t>(small) : rebased));
 }
 
-void read_values(const Tensor& target, const StoredTensor& stored, Backend& backend) {
-  REQUIRE_SHAPE("read_values", stored.dtype && target.elements() == stored.elements(), stored.name, " has ",
-                stored.elements(), " elements");
-  if (same(target.dtype, *stored.dtype)) return backend.upload(target, stored.data.data());
-  const int64_t n = target.elements(), chunk = chunk_of(n), in_bytes = stored_dtype_bytes(*stored.dtype);
-  std::vector<std::byte> staging(chunk * dtype_bytes(target.dtype));
+void read_values(const MasterTensor& target, const StoredTensor& stored, Backend& backend) {
+  const int64_t n = target.weight.elements();
+  REQUIRE_SHAPE("read_values", stored.dtype && n == stored.elements(), stored.name, " has ", stored.elements(),
+                " elements");
+  const DType dtype = target.weight.dtype;
+  if (same(dtype, *stored.dtype)) {
+    if (target.correction) backend.zero(target.correction);
+    return backend.upload(target.weight, stored.data.data());
+  }
+  const DType values = target.correction ? DType::f32 : dtype;
+  const int64_t chunk = chunk_of(n), in_bytes = stored_dtype_bytes(*stored.dtype);
+  std::vector<std::byte> staging(chunk * dtype_bytes(values));
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t count = std::min(chunk, n - begin);
-    with_type(target.dtype, [&](auto out) {
+    with_type(values, [&](auto out) {
       with_type(*stored.dtype, [&](auto in) {
         convert_values<typename decltype(out)::type, typename decltype(in)::type>(
             staging.data(), stored.data.data() + begin * in_bytes, count);
       });
     });
-    backend.upload(flat(target).slice(begin, count), staging.data());
+    const MasterTensor part = flat(target).slice(begin, count);
+    if (target.correction)
+      upload_split(part, reinterpret_cast<const float*>(staging.data()), backend);
+    else
+      backend.upload(part.weight, staging.data());
   }
 }
 
-void write_values(SafetensorsWriter& writer, const Tensor& source, StoredDType dtype, const std::string& name,
+void upload_values(const MasterTensor& target, std::span<const float> values, Backend& backend) {
+  read_values(target,
+              {"values", "F32", StoredDType::f32, {static_cast<int64_t>(values.size())}, std::as_bytes(values), {}},
+              backend);
+}
+
+void write_values(SafetensorsWriter& writer, const MasterTensor& source, StoredDType dtype, const std::string& name,
                   Backend& backend) {
-  const int64_t n = source.elements(), chunk = chunk_of(n);
-  std::vector<std::byte> device(chunk * dtype_bytes(source.dtype)), rounded;
+  // A bf16 weight is its master rounded already.
+  const MasterTensor kept = dtype == StoredDType::bf16 ? flat(source.weight) : flat(source);
+  const DType values = kept.correction ? DType::f32 : kept.weight.dtype;
+  const int64_t n = kept.weight.elements(), chunk = chunk_of(n);
+  std::vector<std::byte> wide(chunk * dtype_bytes(values)), rounded;
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t count = std::min(chunk, n - begin);
-    backend.download(device.data(), flat(source).slice(begin, count));
-    if (same(source.dtype, dtype)) {
-      writer.write(std::span(device).first(count * dtype_bytes(source.dtype)));
+    const MasterTensor part = kept.slice(begin, count);
+    if (kept.correction)
+      download_joined(reinterpret_cast<float*>(wide.data()), part, backend);
+    else
+      backend.download(wide.data(), part.weight);
+    if (same(values, dtype)) {
+      writer.write(std::span(wide).first(count * dtype_bytes(values)));
       continue;
     }
     rounded.resize(count * stored_dtype_bytes(dtype));
-    with_type(source.dtype, [&](auto in) {
-      if (dtype == StoredDType::f16) require_in_range<typename decltype(in)::type>(device.data(), count, name);
+    with_type(values, [&](auto in) {
+      if (dtype == StoredDType::f16) require_in_range<typename decltype(in)::type>(wide.data(), count, name);
       with_type(dtype, [&](auto out) {
-        convert_values<typename decltype(out)::type, typename decltype(in)::type>(rounded.data(), device.data(), count);
+        convert_values<typename decltype(out)::type, typename decltype(in)::type>(rounded.data(), wide.data(), count);
       });
     });
     writer.write(rounded);

@@ -1,9 +1,11 @@
 // Values between safetensors files and the device, a chunk at a time, rounded once to nearest even.
 #pragma once
 
+#include <span>
 #include <string>
 
 #include "src/backend.h"
+#include "src/master.h"
 #include "src/safetensors.h"
 #include "src/tensor.h"
 
@@ -18,12 +20,15 @@ struct f16 {
 };
 static_assert(sizeof(f16) == 2);
 
-// target (any floating dtype, on the device) = the stored values; same number of elements, stored.dtype present.
-void read_values(const Tensor& target, const StoredTensor& stored, Backend& backend);
+// target (any floating dtype, or bf16 with corrections, on the device) = the stored values; same number of elements,
+// stored.dtype present. A target without corrections is rounded to its dtype, one with them as master.h says.
+void read_values(const MasterTensor& target, const StoredTensor& stored, Backend& backend);
+// The same from fp32 values in memory.
+void upload_values(const MasterTensor& target, std::span<const float> values, Backend& backend);
 
 // The next bytes of the writer = source, rounded to dtype. Throws UserError, naming the tensor, where a finite value
 // passes fp16's largest.
-void write_values(SafetensorsWriter& writer, const Tensor& source, StoredDType dtype, const std::string& name,
+void write_values(SafetensorsWriter& writer, const MasterTensor& source, StoredDType dtype, const std::string& name,
                   Backend& backend);
 
 }  // namespace orpo

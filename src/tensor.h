@@ -27,18 +27,23 @@ struct bf16 {
 };
 static_assert(sizeof(bf16) == 2);
 
-// f64 exists for the gradient checks: every operation also runs in double on the CPU.
-enum class DType : uint8_t { f32, bf16, f64, i32 };
+// f64 exists for the gradient checks: every operation also runs in double on the CPU. i16: corrections (master.h).
+enum class DType : uint8_t { f32, bf16, f64, i32, i16 };
 
-inline int64_t dtype_bytes(DType d) { return d == DType::bf16 ? 2 : d == DType::f64 ? 8 : 4; }
+inline int64_t dtype_bytes(DType d) { return d == DType::bf16 || d == DType::i16 ? 2 : d == DType::f64 ? 8 : 4; }
 inline const char* dtype_name(DType d) {
-  return d == DType::f32 ? "fp32" : d == DType::bf16 ? "bf16" : d == DType::f64 ? "fp64" : "int32";
+  return d == DType::f32    ? "fp32"
+         : d == DType::bf16 ? "bf16"
+         : d == DType::f64  ? "fp64"
+         : d == DType::i32  ? "int32"
+                            : "int16";
 }
 
 template <class T> inline constexpr DType dtype_of = DType::f32;
 template <> inline constexpr DType dtype_of<bf16> = DType::bf16;
 template <> inline constexpr DType dtype_of<double> = DType::f64;
 template <> inline constexpr DType dtype_of<int32_t> = DType::i32;
+template <> inline constexpr DType dtype_of<int16_t> = DType::i16;
 
 // The dtype in which sums over values of a dtype are kept: statistics, logits, parameter gradients.
 inline DType accumulation_dtype(DType d) { return d == DType::f64 ? DType::f64 : DType::f32; }

@@ -39,15 +39,11 @@ class TimedBackend final : public Backend {
   void upload(const Tensor& device, const void* host) override {
     timed(Part::data, 0, {&device}, [&] { inner_->upload(device, host); }, Part::data);
   }
-  void download(void* host, const Tensor& device) override {
-    timed(Part::data, 0, {&device}, [&] { inner_->download(host, device); });
-  }
+  // Not timed: a checkpoint's thread downloads beside the step.
+  void download(void* host, const Tensor& device) override { inner_->download(host, device); }
   // Outside the layers it is gradients that are zeroed.
   void zero(const Tensor& x) override {
     timed(layer_ == outside ? Part::optimizer : Part::head, 0, {&x}, [&] { inner_->zero(x); });
-  }
-  void convert(const Tensor& out, const Tensor& in) override {
-    timed(Part::optimizer, 0, {&out, &in}, [&] { inner_->convert(out, in); });
   }
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
@@ -136,16 +132,18 @@ class TimedBackend final : public Backend {
     timed(Part::head, 0, {&dlogits, &logits},
           [&] { inner_->head_backward(dlogits, logits, lse, logp, coefficient, target_tokens); });
   }
-  double sum_of_squares(const Tensor& gradient) override {
-    double sum = 0;
-    timed(Part::optimizer, 0, {&gradient}, [&] { sum = inner_->sum_of_squares(gradient); });
-    return sum;
+  std::vector<double> sums_of_squares(std::span<const Tensor> gradients) override {
+    std::vector<double> sums;
+    double bytes = 0;
+    for (const Tensor& g : gradients) bytes += total_bytes({&g});
+    timed(Part::optimizer, 0, bytes, [&] { sums = inner_->sums_of_squares(gradients); });
+    return sums;
   }
-  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
-             const Tensor& gradient, const AdamW& settings) override {
-    const Tensor own_copy = weight.data == master.data ? Tensor() : weight;
-    timed(Part::optimizer, 0, {&own_copy, &master, &master, &first, &first, &second, &second, &gradient},
-          [&] { inner_->adamw(weight, master, first, second, gradient, settings); });
+  void adamw(std::span<const AdamWTensors> list, const AdamW& settings) override {
+    double bytes = 0;
+    for (const AdamWTensors& p : list)
+      bytes += 2 * total_bytes({&p.weight, &p.correction, &p.first, &p.second}) + total_bytes({&p.gradient});
+    timed(Part::optimizer, 0, bytes, [&] { inner_->adamw(list, settings); });
   }
 
  private:
@@ -155,10 +153,14 @@ class TimedBackend final : public Backend {
   template <class Operation>
   void timed(Part part, double flops, std::initializer_list<const Tensor*> tensors, Operation&& operation,
              Part before = Part::host) {
+    timed(part, flops, total_bytes(tensors), operation, before);
+  }
+  template <class Operation>
+  void timed(Part part, double flops, double bytes, Operation&& operation, Part before = Part::host) {
     const auto start = Profile::Clock::now();
     operation();
     inner_->synchronize();
-    profile_.add(part, start, flops, total_bytes(tensors), before);
+    profile_.add(part, start, flops, bytes, before);
   }
   template <class Operation>
   void timed_product(const ProductShape& s, int products, std::initializer_list<const Tensor*> tensors,

@@ -7,6 +7,7 @@
 #include "src/fail.h"
 #include "src/rng.h"
 #include "src/signals.h"
+#include "src/stored_values.h"
 
 namespace orpo {
 
@@ -19,7 +20,7 @@ TrainingTensors TrainingTensors::allocate_weights(const Config& config, DType dt
 TrainingTensors TrainingTensors::allocate(const Config& config, DType dtype, Arena& arena) {
   TrainingTensors t = allocate_weights(config, dtype, arena);
   const DType sums = accumulation_dtype(dtype);
-  t.masters = dtype == sums ? t.weights : Weights::allocate(config, sums, arena);
+  if (dtype != sums) t.corrections = Weights::allocate(config, DType::i16, arena);
   t.first = Weights::allocate(config, sums, arena);
   t.second = Weights::allocate(config, sums, arena);
   t.gradients = Weights::allocate(config, sums, arena);
@@ -75,10 +76,20 @@ void reduce_gradients(DeviceModel& model, Communicator& communicator) {
   for (const Parameter& g : parameters(model.config, model.tensors.gradients)) communicator.all_reduce(g.tensor);
 }
 
+namespace {
+
+// Of each tensor, in the order of parameters().
+std::vector<double> sums_of_squares(const DeviceModel& model, const Weights& weights) {
+  std::vector<Tensor> tensors;
+  for (const Parameter& p : parameters(model.config, weights)) tensors.push_back(p.tensor);
+  return model.backend.sums_of_squares(tensors);
+}
+
+}  // namespace
+
 GradientNorm gradient_norm(const DeviceModel& model) {
   GradientNorm result;
-  for (const Parameter& g : parameters(model.config, model.tensors.gradients))
-    result.squares.push_back(model.backend.sum_of_squares(g.tensor));
+  result.squares = sums_of_squares(model, model.tensors.gradients);
   result.norm = std::sqrt(std::accumulate(result.squares.begin(), result.squares.end(), 0.0));
   return result;
 }
@@ -89,14 +100,13 @@ double clip_factor(double norm, double max_norm) {
 
 void update_weights(DeviceModel& model, const AdamW& settings) {
   const TrainingTensors& t = model.tensors;
-  const auto weights = parameters(model.config, t.weights), masters = parameters(model.config, t.masters),
-             first = parameters(model.config, t.first), second = parameters(model.config, t.second),
-             gradients = parameters(model.config, t.gradients);
-  AdamW plain = settings;
-  plain.weight_decay = 0;
-  for (size_t i = 0; i < weights.size(); ++i)
-    model.backend.adamw(weights[i].tensor, masters[i].tensor, first[i].tensor, second[i].tensor, gradients[i].tensor,
-                        weights[i].decays ? settings : plain);
+  const auto masters = parameters(model.config, t.masters()), first = parameters(model.config, t.first),
+             second = parameters(model.config, t.second), gradients = parameters(model.config, t.gradients);
+  std::vector<AdamWTensors> list;
+  for (size_t i = 0; i < masters.size(); ++i)
+    list.push_back({masters[i].tensor, masters[i].correction, first[i].tensor, second[i].tensor, gradients[i].tensor,
+                    masters[i].decays});
+  model.backend.adamw(list, settings);
 }
 
 namespace {
@@ -119,15 +129,17 @@ void check_first_gradients(const DeviceModel& model, const GradientNorm& gradien
 }
 
 void check_first_moments(const DeviceModel& model) {
+  const std::vector<Parameter> list = parameters(model.config, model.tensors.first);
+  const std::vector<double> squares = sums_of_squares(model, model.tensors.first);
   std::vector<std::string> unchanged;
-  for (const Parameter& m : parameters(model.config, model.tensors.first))
-    if (!(model.backend.sum_of_squares(m.tensor) > 0)) unchanged.push_back(m.name);
+  for (size_t i = 0; i < list.size(); ++i)
+    if (!(squares[i] > 0)) unchanged.push_back(list[i].name);
   if (!unchanged.empty()) fail_tensors("AdamW left the moments unchanged of", unchanged);
 }
 
 void draw_weights(DeviceModel& model, uint64_t seed) {
   uint32_t index = 0;
-  for (const Parameter& p : parameters(model.config, model.tensors.weights)) {
+  for (const Parameter& p : parameters(model.config, model.tensors.masters())) {
     const Random random(seed, RandomStream::weights, index++);
     const int64_t n = p.tensor.elements();
     std::vector<float> values(n);
@@ -137,34 +149,14 @@ void draw_weights(DeviceModel& model, uint64_t seed) {
       values[i] = matrix ? static_cast<float>(model.config.initializer_range * random.normal(static_cast<uint64_t>(i)))
                   : norm ? 1.0f
                          : 0.0f;
-    if (p.tensor.dtype == DType::bf16) {
-      std::vector<bf16> narrow(n);
-      for (int64_t i = 0; i < n; ++i) narrow[i] = bf16(values[i]);
-      model.backend.upload(p.tensor, narrow.data());
-    } else {
-      model.backend.upload(p.tensor, values.data());
-    }
+    upload_values(p.master(), values, model.backend);
   }
 }
 
-namespace {
-
-// to = from, rounded, unless the two are one copy.
-void convert_all(DeviceModel& model, const Weights& to, const Weights& from) {
-  const auto out = parameters(model.config, to), in = parameters(model.config, from);
-  for (size_t i = 0; i < out.size(); ++i)
-    if (out[i].tensor.data != in[i].tensor.data) model.backend.convert(out[i].tensor, in[i].tensor);
-}
-
-}  // namespace
-
 void start_optimizer(DeviceModel& model) {
-  convert_all(model, model.tensors.masters, model.tensors.weights);
   for (const Weights* moments : {&model.tensors.first, &model.tensors.second})
     for (const Parameter& m : parameters(model.config, *moments)) model.backend.zero(m.tensor);
 }
-
-void weights_from_masters(DeviceModel& model) { convert_all(model, model.tensors.weights, model.tensors.masters); }
 
 std::optional<PairSums> evaluate(DeviceModel& model, const PairSet& set, int64_t micro_tokens,
                                  const std::function<void(const TokenPair&, const PairResult&)>& each) {

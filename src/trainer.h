@@ -22,13 +22,14 @@ namespace orpo {
 // What lives from step to step. T: the compute dtype (fp32 or bf16).
 struct TrainingTensors {
   Weights weights;        // T
-  Weights masters;        // fp32; the weights themselves where T is fp32
+  Weights corrections;    // int16: what bf16 weights lack to be the fp32 masters (master.h); none where T is fp32
   Weights first, second;  // AdamW's moments, fp32
   Weights gradients;      // fp32
 
   static TrainingTensors allocate(const Config& config, DType dtype, Arena& arena);
   static TrainingTensors allocate_weights(const Config& config, DType dtype, Arena& arena);  // evaluation: nothing else
   bool trains() const { return static_cast<bool>(gradients.embedding); }
+  Masters masters() const { return {weights, corrections}; }
 };
 
 // A model on a device, with the memory that its micro-batches pass through.
@@ -79,13 +80,11 @@ void update_weights(DeviceModel& model, const AdamW& settings);
 void check_first_gradients(const DeviceModel& model, const GradientNorm& gradients);
 void check_first_moments(const DeviceModel& model);
 
-// New weights: matrices and embeddings normal(0, initializer_range), norms 1, biases 0, as transformers initialises
+// New masters: matrices and embeddings normal(0, initializer_range), norms 1, biases 0, as transformers initialises
 // Llama; a function of the seed alone. Every rank and backend draws the same.
 void draw_weights(DeviceModel& model, uint64_t seed);
-// masters = weights, moments = 0: before the first step.
+// moments = 0: before the first step.
 void start_optimizer(DeviceModel& model);
-// weights = masters, rounded: after a checkpoint was loaded.
-void weights_from_masters(DeviceModel& model);
 
 // Sums over all rows of a set, nothing trained. each: called for every row in the set's order. Empty: stopped on the
 // way (signals.h).

@@ -180,6 +180,8 @@ class DeviceTensor {
     };
     if (tensor_.dtype == DType::i32)
       fill(reinterpret_cast<int32_t*>(host.data()));
+    else if (tensor_.dtype == DType::i16)
+      fill(reinterpret_cast<int16_t*>(host.data()));
     else
       with_type(tensor_.dtype, [&](auto zero) { fill(reinterpret_cast<decltype(zero)*>(host.data())); });
     backend_.upload(tensor_, host.data());
@@ -193,6 +195,8 @@ class DeviceTensor {
     };
     if (tensor_.dtype == DType::i32)
       read(reinterpret_cast<const int32_t*>(host.data()));
+    else if (tensor_.dtype == DType::i16)
+      read(reinterpret_cast<const int16_t*>(host.data()));
     else
       with_type(tensor_.dtype, [&](auto zero) { read(reinterpret_cast<const decltype(zero)*>(host.data())); });
     return out;

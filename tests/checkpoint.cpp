@@ -12,6 +12,7 @@
 #include "src/fail.h"
 #include "src/files.h"
 #include "src/json.h"
+#include "src/stored_values.h"
 #include "tests/model_folders.h"
 #include "tests/temporary_folder.h"
 
@@ -107,6 +108,48 @@ TEST_CASE("checkpoint: masters, moments and state come back bit for bit") {
     CHECK(read_model_config(found->folder).dtype == dtype);
     CHECK(load_weights(found->folder, run.config(), run.masters.weights, *run.masters.backend) == dtype);
     CHECK(fs::exists(found->folder / "state/masters.safetensors") == (dtype != StoredDType::f32));
+  }
+}
+
+TEST_CASE("checkpoint: bf16 weights with corrections are saved as fp32 masters and come back bit for bit") {
+  for (const StoredDType dtype : {StoredDType::f32, StoredDType::bf16, StoredDType::f16}) {
+    CAPTURE(stored_dtype_name(dtype));
+    TemporaryFolder folder;
+    Run run(folder.path(), dtype);
+    run.fill(7);
+    const Config config = run.config();
+    Backend& backend = *run.masters.backend;
+    FilledWeights weights(config, DType::bf16, 0), corrections(config, DType::i16, 0);
+    const Masters split{weights.weights, corrections.weights};
+    const auto list = parameters(config, split), wide = parameters(config, run.masters.weights);
+    for (size_t i = 0; i < list.size(); ++i) {
+      std::vector<float> values(wide[i].tensor.elements());
+      backend.download(values.data(), wide[i].tensor);
+      upload_values(list[i].master(), values, backend);
+      for (float& v : values) v = join_master(split_master(v));  // one that lies halfway moves
+      backend.upload(wide[i].tensor, values.data());
+    }
+    const std::string masters = run.masters.bytes(), parts = weights.bytes() + corrections.bytes();
+    const OptimizerTensors tensors{split, run.first.weights, run.second.weights};
+    const Checkpoint saved = open_checkpoint(save_checkpoint(run.out, run.state, run.source, tensors, 2, backend));
+
+    run.fill(8);
+    run.load(saved);  // as fp32 training would
+    CHECK(run.masters.bytes() == masters);
+    for (const Parameter& p : list) backend.zero(p.tensor), backend.zero(p.correction);
+    load_checkpoint(saved, config, tensors, backend);
+    CHECK(weights.bytes() + corrections.bytes() == parts);
+
+    const FilledWeights model(config, DType::bf16, 0);
+    load_weights(saved.folder, config, model.weights, backend);
+    if (dtype != StoredDType::f16) CHECK(model.bytes() == weights.bytes());
+
+    // A checkpoint of fp32 masters, as an older trainer wrote them.
+    const Checkpoint older =
+        open_checkpoint(save_checkpoint(run.out, run.state, run.source, run.tensors(), 2, backend));
+    for (const Parameter& p : list) backend.zero(p.tensor), backend.zero(p.correction);
+    load_checkpoint(older, config, tensors, backend);
+    CHECK(weights.bytes() + corrections.bytes() == parts);
   }
 }
 

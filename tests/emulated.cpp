@@ -22,7 +22,6 @@ class EmulatedBackend final : public Backend {
       hash = (hash ^ static_cast<const unsigned char*>(host)[i]) * 0x100000001b3u;
   }
   void zero(const Tensor& x) override { gpu_.zero(x); }
-  void convert(const Tensor& out, const Tensor& in) override { gpu_.convert(out, in); }
   void synchronize() override { gpu_.synchronize(); }
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
     gpu_.embedding_forward(out, weight, tokens);
@@ -90,11 +89,10 @@ class EmulatedBackend final : public Backend {
                      const Tensor& coefficient, const Tensor& target_tokens) override {
     gpu_.head_backward(dlogits, logits, lse, logp, coefficient, target_tokens);
   }
-  double sum_of_squares(const Tensor& gradient) override { return gpu_.sum_of_squares(gradient); }
-  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
-             const Tensor& gradient, const AdamW& settings) override {
-    gpu_.adamw(weight, master, first, second, gradient, settings);
+  std::vector<double> sums_of_squares(std::span<const Tensor> gradients) override {
+    return gpu_.sums_of_squares(gradients);
   }
+  void adamw(std::span<const AdamWTensors> list, const AdamW& settings) override { gpu_.adamw(list, settings); }
 
   uint64_t hash = 0xcbf29ce484222325u;
 

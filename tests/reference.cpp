@@ -45,7 +45,7 @@ struct Loaded {
               {},
               *backend,
               scratch} {
-    load_weights(folder, model.config, model.tensors.weights, *backend);
+    load_weights(folder, model.config, model.tensors.masters(), *backend);
     start_optimizer(model);
     DataSettings settings;
     settings.vocabulary = model.config.vocab;
@@ -194,7 +194,7 @@ void compare(const fs::path& model_folder, const fs::path& rows, const json& exp
 
   const json& training = expected.at("training");
   check_steps(loaded, training, logp_tolerance, gradient_tolerance);
-  save_weights(temporary.path(), loaded.model.config, loaded.model.tensors.masters, StoredDType::f32, *loaded.backend);
+  save_weights(temporary.path(), loaded.model.config, loaded.model.tensors.masters(), StoredDType::f32, *loaded.backend);
   const StoredWeights trained = StoredWeights::of_folder(temporary.path());
   check_digest(training.at("weights"), trained, gradient_tolerance / 10);
   if (fs::exists(complete / "trained.safetensors"))
@@ -255,7 +255,7 @@ TEST_CASE("real: SmolLM2-135M-Instruct scores, differentiates and trains as in T
   model.head.lambda = expected.at("lambda");
   const auto saved_weights = [&](const char* name) {
     fs::create_directory(temporary.path() / name);
-    save_weights(temporary.path() / name, model.config, model.tensors.masters, StoredDType::f32, *loaded.backend);
+    save_weights(temporary.path() / name, model.config, model.tensors.masters(), StoredDType::f32, *loaded.backend);
     return StoredWeights::of_folder(temporary.path() / name);
   };
   const StoredWeights start = saved_weights("start");

@@ -15,6 +15,7 @@
 #include "src/head.h"
 #include "src/model.h"
 #include "src/trainer.h"
+#include "tests/check.h"
 #include "tests/memory_pairs.h"
 
 namespace orpo::test {
@@ -72,18 +73,16 @@ class TinyModel {
   }
 
   std::vector<double> get(const Tensor& t) const {
-    std::vector<double> values(t.elements());
-    const Tensor wide = in_double(t);
-    backend->convert(wide, t);
-    backend->download(values.data(), wide);
-    backend->release(wide.data, wide.bytes());
+    std::vector<double> values;
+    with_type(t.dtype, [&](auto zero) {
+      std::vector<decltype(zero)> typed(t.elements());
+      backend->download(typed.data(), t);
+      values = untyped(typed);
+    });
     return values;
   }
   void set(const Tensor& t, const std::vector<double>& values) const {
-    const Tensor wide = in_double(t);
-    backend->upload(wide, values.data());
-    backend->convert(t, wide);
-    backend->release(wide.data, wide.bytes());
+    with_type(t.dtype, [&](auto zero) { backend->upload(t, typed<decltype(zero)>(values).data()); });
   }
 
   // Forward, head, backward over all micro-batches. Without gradients: an evaluation.
@@ -134,11 +133,6 @@ class TinyModel {
   std::unique_ptr<Backend> backend;
   Arena memory;
   Weights weights, gradients;
-
- private:
-  Tensor in_double(const Tensor& like) const {
-    return Tensor(backend->allocate(like.elements() * 8), DType::f64, {like.elements()});
-  }
 };
 
 }  // namespace orpo::test

@@ -25,7 +25,7 @@ may_include() {
     done
   done
 }
-core='src/(fail|tensor|batch|objective|backend|shapes)\.h'
+core='src/(fail|tensor|master|batch|objective|backend|shapes)\.h'
 may_include "tokenizer/*.h tokenizer/*.cpp" 'tokenizer/.*|src/(fail|files)\.h'
 may_include "data/*.h data/*.cpp" "data/.*|tokenizer/.*|src/rng\.h|src/files\.h|$core"
 may_include "src/backend.h src/objective.h src/batch.h src/tensor.h" "$core"

@@ -55,6 +55,8 @@ inline bf16 to_bf16(float x) {
 inline uint32_t pack_bf16(float low, float high) {
   return uint32_t{to_bf16(low).bits} | uint32_t{to_bf16(high).bits} << 16;
 }
+inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+inline float of_bits(uint32_t x) { return std::bit_cast<float>(x); }
 inline float low_half(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
 inline float high_half(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
 

@@ -50,22 +50,6 @@ void CpuBackend::zero(const Tensor& x) {
   });
 }
 
-void CpuBackend::convert(const Tensor& out, const Tensor& in) {
-  shapes::convert(out, in);
-  constexpr int64_t block = 1 << 14;
-  with_dtype("convert", out.dtype, [&](auto to) {
-    with_dtype("convert", in.dtype, [&](auto from) {
-      using To = decltype(to);
-      using From = decltype(from);
-      for_rows((in.elements() + block - 1) / block, [&](int64_t b) {
-        const int64_t end = std::min(in.elements(), (b + 1) * block);
-        for (int64_t i = b * block; i < end; ++i)
-          out.as<To>()[i] = To(static_cast<Accumulator<From>>(in.as<From>()[i]));
-      });
-    });
-  });
-}
-
 std::unique_ptr<Backend> make_cpu_backend(int threads) { return std::make_unique<CpuBackend>(threads); }
 
 }  // namespace orpo

@@ -18,7 +18,6 @@ class CpuBackend final : public Backend {
   void upload(const Tensor& device, const void* host) override;
   void download(void* host, const Tensor& device) override;
   void zero(const Tensor& x) override;
-  void convert(const Tensor& out, const Tensor& in) override;
   void synchronize() override {}
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override;
@@ -51,9 +50,8 @@ class CpuBackend final : public Backend {
                   bool nll_includes_prompt) override;
   void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
                      const Tensor& coefficient, const Tensor& target_tokens) override;
-  double sum_of_squares(const Tensor& gradient) override;
-  void adamw(const Tensor& weight, const Tensor& master, const Tensor& first, const Tensor& second,
-             const Tensor& gradient, const AdamW& settings) override;
+  std::vector<double> sums_of_squares(std::span<const Tensor> gradients) override;
+  void adamw(std::span<const AdamWTensors> list, const AdamW& settings) override;
 
  private:
   struct MatrixProducts;  // linear.cpp: oneDNN primitives by shape
