@@ -124,9 +124,9 @@ struct Backend {
   // attention_decode: decoding's side of attention, over keys and values kept from earlier calls. Row r is the position
   // positions[r] int32 of the cached sequence sequences[r] int32.
   //   qkv[rows, (heads + 2 kv_heads) * head_dim] T, rotated
-  //   keys, values[sequences, capacity, kv_heads * head_dim] T, a row a position
-  // Keeps each row's key and value: keys, values at [sequences[r], positions[r]] =. A position past the capacity is
-  // refused: the cache is full.
+  //   keys, values[sequences, kv_heads, capacity, head_dim] T: what a head looks back over lies together
+  // Keeps each row's key and value: keys, values at [sequences[r], :, positions[r], :] =. A position past the capacity
+  // is refused: the cache is full.
   virtual void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
                                 const Tensor& positions, const AttentionShape& shape) = 0;
   // out[rows, heads * head_dim] T = causal softmax attention of each row's queries to its sequence's positions up to

@@ -104,10 +104,12 @@ Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Ke
 KeyValueCache KeyValueCache::allocate(const Config& c, DType dtype, int64_t sequences, int64_t positions,
                                       Arena& arena) {
   KeyValueCache cache;
-  const int64_t width = int64_t{c.kv_heads} * c.head_dim;
+  const auto take = [&](const char* what) {
+    return arena.allocate(what, dtype, {sequences, c.kv_heads, positions, c.head_dim});
+  };
   for (int i = 0; i < c.layers; ++i) {
-    const Tensor keys = arena.allocate("cached keys", dtype, {sequences, positions, width});
-    cache.layers.push_back({keys, arena.allocate("cached values", dtype, {sequences, positions, width})});
+    const Tensor keys = take("cached keys");
+    cache.layers.push_back({keys, take("cached values")});
   }
   return cache;
 }

@@ -124,7 +124,7 @@ struct Activations {
 // Decoding's memory: keys and values of every position so far, so that a new token passes through the model alone.
 struct KeyValueCache {
   struct Layer {
-    Tensor keys, values;  // [sequences, positions, kv_heads * head_dim] T
+    Tensor keys, values;  // [sequences, kv_heads, positions, head_dim] T
   };
   std::vector<Layer> layers;
 

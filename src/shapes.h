@@ -133,18 +133,20 @@ inline void attention_backward(const Tensor& dqkv, const Tensor& dout, const Ten
   matrix("attention_backward", "qkv gradient", dqkv, qkv.dtype, qkv.rows(), qkv.columns());
 }
 
-// keys, values: [sequences, capacity, kv_heads * head_dim].
+// keys, values: [sequences, kv_heads, capacity, head_dim].
 inline void cached_rows(const char* op, const Tensor& qkv, const Tensor& keys, const Tensor& values,
                         const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) {
   activation_dtype(op, qkv);
   heads(op, shape.heads, shape.kv_heads, shape.head_dim);
   REQUIRE_SHAPE(op, shape.window >= 0, "the window is ", shape.window);
   REQUIRE_SHAPE(op, shape.scale > 0, "the scale is ", shape.scale);
-  const int64_t rows = qkv.rows(), width = int64_t{shape.kv_heads} * shape.head_dim;
+  const int64_t rows = qkv.rows();
   matrix(op, "qkv", qkv, qkv.dtype, rows, int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
   for (const Tensor* cache : {&keys, &values})
-    REQUIRE_SHAPE(op, cache->rank == 3 && cache->dtype == qkv.dtype && cache->columns() == width, "the cache is ",
-                  shape_text(*cache), " for rows ", width, " wide");
+    REQUIRE_SHAPE(op,
+                  cache->rank == 4 && cache->dtype == qkv.dtype && cache->shape[1] == shape.kv_heads &&
+                      cache->shape[3] == shape.head_dim,
+                  "the cache is ", shape_text(*cache), " for ", shape.kv_heads, " heads of ", shape.head_dim);
   REQUIRE_SHAPE(op, keys.shape == values.shape, "keys are ", shape_text(keys), ", values ", shape_text(values));
   vector(op, "sequences", sequences, DType::i32, rows);
   vector(op, "positions", positions, DType::i32, rows);

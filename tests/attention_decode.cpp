@@ -41,8 +41,8 @@ struct Result {
 // What a step of decoding asks for: keep the rows' keys and values, then attend.
 Result run(Backend& backend, DType dtype, const Problem& p) {
   DeviceTensor qkv(backend, dtype, {p.rows(), p.width()}, p.qkv), out(backend, dtype, {p.rows(), p.out_width()}, 99);
-  DeviceTensor keys(backend, dtype, {p.cached, p.capacity, p.cache_width()}, p.keys),
-      values(backend, dtype, {p.cached, p.capacity, p.cache_width()}, p.values);
+  DeviceTensor keys(backend, dtype, {p.cached, p.shape.kv_heads, p.capacity, p.shape.head_dim}, p.keys),
+      values(backend, dtype, {p.cached, p.shape.kv_heads, p.capacity, p.shape.head_dim}, p.values);
   DeviceTensor sequences(backend, DType::i32, {p.rows()}, p.sequences),
       positions(backend, DType::i32, {p.rows()}, p.positions);
   backend.keep_keys_values(keys, values, qkv, sequences, positions, p.shape);
@@ -55,12 +55,13 @@ template <class T> Result naive(const Problem& p) {
   Result result{Values(static_cast<size_t>(p.rows() * p.out_width())), p.keys, p.values};
   const AttentionShape& s = p.shape;
   const int64_t d = s.head_dim;
-  const auto cache_row = [&](int64_t r, int64_t position) {
-    return (static_cast<int64_t>(p.sequences[r]) * p.capacity + position) * p.cache_width();
+  const auto cached = [&](int64_t r, int64_t kv_head, int64_t position) {
+    return ((static_cast<int64_t>(p.sequences[r]) * s.kv_heads + kv_head) * p.capacity + position) * d;
   };
   for (int64_t r = 0; r < p.rows(); ++r)
     for (int64_t i = 0; i < p.cache_width(); ++i) {
-      const int64_t to = cache_row(r, static_cast<int64_t>(p.positions[r])) + i, from = r * p.width() + s.heads * d + i;
+      const int64_t to = cached(r, i / d, static_cast<int64_t>(p.positions[r])) + i % d,
+                    from = r * p.width() + s.heads * d + i;
       result.keys[to] = p.qkv[from];
       result.values[to] = p.qkv[from + p.cache_width()];
     }
@@ -69,13 +70,13 @@ template <class T> Result naive(const Problem& p) {
     for (int64_t head = 0; head < s.heads; ++head) {
       const auto last = static_cast<int64_t>(p.positions[r]);
       const int64_t begin = s.window ? std::max<int64_t>(0, last - s.window + 1) : 0;
-      const int64_t column = head / (s.heads / s.kv_heads) * d;
+      const auto row = [&](int64_t j) { return cached(r, head / (s.heads / s.kv_heads), j); };
       std::vector<T> scores;
       Sum<T> most = -std::numeric_limits<Sum<T>>::infinity(), total = 0;
       for (int64_t j = begin; j <= last; ++j) {
         Sum<T> sum = 0;
         for (int64_t l = 0; l < d; ++l)
-          sum += Sum<T>(x[r * p.width() + head * d + l]) * Sum<T>(k[cache_row(r, j) + column + l]);
+          sum += Sum<T>(x[r * p.width() + head * d + l]) * Sum<T>(k[row(j) + l]);
         scores.push_back(to<T>(sum * Sum<T>(s.scale)));
         most = std::max(most, Sum<T>(scores.back()));
       }
@@ -84,7 +85,7 @@ template <class T> Result naive(const Problem& p) {
         Sum<T> out = 0;
         for (int64_t j = begin; j <= last; ++j)
           out += Sum<T>(to<T>(std::exp(Sum<T>(scores[j - begin]) - most) / total)) *
-                 Sum<T>(v[cache_row(r, j) + column + l]);
+                 Sum<T>(v[row(j) + l]);
         result.out[r * p.out_width() + head * d + l] = static_cast<double>(to<T>(out));
       }
     }
@@ -185,14 +186,14 @@ TEST_CASE("attention_decode: refuses a full cache, unknown sequences and shapes 
                   "the cache is full: position 5 of sequence 1 where there is room for 5");
     check_refuses([&] { attempt({0, 1}, {4, -1}); }, "keep_keys_values", "position -1");
     check_refuses([&] { attempt({0, 2}, {4, 4}); }, "keep_keys_values", "sequence 1 is 2 of 2");
-    DeviceTensor qkv(backend, dtype, {2, 24}), out(backend, dtype, {2, 12}), cache(backend, dtype, {2, 5, 6}),
-        wide(backend, dtype, {2, 5, 7}), rows(backend, DType::i32, {2}), full(backend, DType::i32, {2}, 5),
+    DeviceTensor qkv(backend, dtype, {2, 24}), out(backend, dtype, {2, 12}), cache(backend, dtype, {2, 1, 5, 6}),
+        wide(backend, dtype, {2, 1, 5, 7}), rows(backend, DType::i32, {2}), full(backend, DType::i32, {2}, 5),
         three(backend, DType::i32, {3});
     const AttentionShape shape{2, 1, 6, 1, 0};
     check_refuses([&] { backend.attention_decode(out, qkv, cache, cache, rows, full, shape); }, "attention_decode",
                   "the cache is full");
     check_refuses([&] { backend.attention_decode(out, qkv, wide, cache, rows, rows, shape); }, "attention_decode",
-                  "the cache is [2, 5, 7]");
+                  "the cache is [2, 1, 5, 7]");
     check_refuses([&] { backend.attention_decode(out, qkv, cache, cache, rows, three, shape); }, "attention_decode",
                   "positions is [3] int32");
     check_refuses([&] { backend.attention_decode(qkv, qkv, cache, cache, rows, rows, shape); }, "attention_decode",

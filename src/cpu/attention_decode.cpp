@@ -26,8 +26,8 @@ void require_cached(const char* op, const Tensor& keys, const Tensor& sequences,
   require_below(op, "sequence", sequences, keys.shape[0]);
   const int32_t* position = positions.as<const int32_t>();
   for (int64_t r = 0; r < positions.elements(); ++r)
-    REQUIRE_SHAPE(op, position[r] >= 0 && position[r] < keys.shape[1], "the cache is full: position ", position[r],
-                  " of sequence ", sequences.as<const int32_t>()[r], " where there is room for ", keys.shape[1]);
+    REQUIRE_SHAPE(op, position[r] >= 0 && position[r] < keys.shape[2], "the cache is full: position ", position[r],
+                  " of sequence ", sequences.as<const int32_t>()[r], " where there is room for ", keys.shape[2]);
 }
 
 // Positions [begin, end) of one row's sequence, for one key/value head.
@@ -40,10 +40,12 @@ template <class T> struct Decode {
   const AttentionShape& shape;
   T* out;
   const T *qkv, *keys, *values;
-  int64_t capacity, head_dim, group, width, pitch;
+  int64_t capacity, head_dim, group, width;
   std::vector<Chunk> chunks;
   std::vector<int64_t> first;  // [rows * kv_heads + 1] first chunk of a row's key/value head
-  A* partials = nullptr;       // [chunks, group, width + 2]: values weighed by exp(score - most), their sum, most
+  // For each chunk [group, width] the scaled queries, [group, width] the values weighed by exp(score - most), [group, 2]
+  // those weights' sum and most.
+  A* partials = nullptr;
 
   Decode(const AttentionShape& s, const Tensor& o, const Tensor& x, const Tensor& k, const Tensor& v,
          const Tensor& positions)
@@ -52,11 +54,10 @@ template <class T> struct Decode {
         qkv(x.as<const T>()),
         keys(k.as<const T>()),
         values(v.as<const T>()),
-        capacity(k.shape[1]),
+        capacity(k.shape[2]),
         head_dim(s.head_dim),
         group(s.heads / s.kv_heads),
-        width(round_up(head_dim, lanes<A>)),
-        pitch(k.columns()) {
+        width(round_up(head_dim, lanes<A>)) {
     for (int64_t row = 0; row < x.rows(); ++row) {
       const int64_t end = positions.as<const int32_t>()[row] + int64_t{1};
       const int64_t begin = s.window ? std::max<int64_t>(0, end - s.window) : 0;
@@ -69,8 +70,10 @@ template <class T> struct Decode {
     first.push_back(static_cast<int64_t>(chunks.size()));
   }
 
-  int64_t partial_entries() const { return group * (width + 2); }
-  A* partial(int64_t chunk, int64_t head) const { return partials + (chunk * group + head) * (width + 2); }
+  int64_t partial_entries() const { return round_up(group * (2 * width + 2), lanes<A>); }
+  A* query(int64_t chunk, int64_t head) const { return partials + chunk * partial_entries() + head * width; }
+  A* weighed(int64_t chunk, int64_t head) const { return query(chunk, group + head); }
+  A* statistics(int64_t chunk, int64_t head) const { return query(chunk, 2 * group) + 2 * head; }
 
   void run(int64_t index, int32_t sequence) const {
     const Chunk& chunk = chunks[index];
@@ -91,51 +94,63 @@ template <class T> struct Decode {
   template <int Heads>
   void attend(int64_t index, const Chunk& chunk, int32_t sequence, int64_t head,
               std::integral_constant<int, Heads>) const {
-    const int64_t column = chunk.kv_head * head_dim;
-    const T* key = keys + (sequence * capacity + chunk.begin) * pitch + column;
-    const T* value = values + (sequence * capacity + chunk.begin) * pitch + column;
-    const T* query = qkv + chunk.row * (shape.heads + 2 * shape.kv_heads) * head_dim +
-                     (chunk.kv_head * group + head) * head_dim;
+    const int64_t first_position = (sequence * shape.kv_heads + chunk.kv_head) * capacity + chunk.begin;
+    const T *key = keys + first_position * head_dim, *value = values + first_position * head_dim;
     alignas(vector_bytes) A scores[Heads][tile_positions];
-    A* o = partial(index, head);
+    A *o = weighed(index, head), *q = query(index, head);
     A most[Heads];
     Vector<A> sums[Heads] = {};
-    std::fill(o, o + Heads * (width + 2), A(0));
+    std::fill(o, o + Heads * width, A(0));
     std::fill(most, most + Heads, -std::numeric_limits<A>::infinity());
+    for (int h = 0; h < Heads; ++h) {
+      const T* from = qkv + chunk.row * (shape.heads + 2 * shape.kv_heads) * head_dim +
+                      (chunk.kv_head * group + head + h) * head_dim;
+      for_vectors<A>(head_dim, [&](int64_t i, auto n) {
+        store(q + h * width + i, load(from + i, n) * A(shape.scale));
+      });
+    }
     for (int64_t at = chunk.begin; at < chunk.end; at += tile_positions) {
       const int64_t count = std::min(tile_positions, chunk.end - at);
-      for (int64_t j = 0; j < count; ++j, key += pitch) score<Heads>(&scores[0][j], query, key);
-      for (int h = 0; h < Heads; ++h) soften(scores[h], sums[h], most[h], o + h * (width + 2), count);
+      for (int64_t j = 0; j < count; j += lanes<A>)
+        score<Heads>(&scores[0][j], q, key + j * head_dim, std::min<int64_t>(lanes<A>, count - j));
+      for (int h = 0; h < Heads; ++h) soften(scores[h], sums[h], most[h], o + h * width, count);
       int64_t i = 0;
       for (; i + 4 * lanes<A> <= head_dim; i += 4 * lanes<A>)
         add_values<Heads, 4>(o + i, scores[0], value + i, count, Full<A>{});
       for (; i + lanes<A> <= head_dim; i += lanes<A>)
         add_values<Heads, 1>(o + i, scores[0], value + i, count, Full<A>{});
       if (i < head_dim) add_values<Heads, 1>(o + i, scores[0], value + i, count, static_cast<int>(head_dim - i));
-      value += count * pitch;
+      key += count * head_dim, value += count * head_dim;
     }
     for (int h = 0; h < Heads; ++h) {
-      o[h * (width + 2) + width] = sum_lanes<A>(sums[h]);
-      o[h * (width + 2) + width + 1] = most[h];
+      statistics(index, head)[2 * h] = sum_lanes<A>(sums[h]);
+      statistics(index, head)[2 * h + 1] = most[h];
     }
   }
 
-  // scores[h * tile_positions] = scale * query head h . key
-  template <int Heads> void score(A* scores, const T* query, const T* key) const {
-    Vector<A> sums[Heads] = {};
-    for_vectors<A>(head_dim, [&](int64_t i, auto n) {
-      const Vector<A> k = load(key + i, n);
+  // scores[h, count] = scaled query head h . key, for as many positions as a vector has lanes; -infinity past count.
+  template <int Heads> void score(A* scores, const A* query, const T* key, int64_t count) const {
+    Vector<A> sums[Heads][lanes<A>] = {};
+    for (int64_t j = 0; j < count; ++j, key += head_dim) {
+      Vector<A> sum[Heads] = {};
+      for_vectors<A>(head_dim, [&](int64_t i, auto n) {
+        const Vector<A> k = load(key + i, n);
 #pragma GCC unroll 4
-      for (int h = 0; h < Heads; ++h) sums[h] += load(query + h * head_dim + i, n) * k;
-    });
+        for (int h = 0; h < Heads; ++h) sum[h] += load(query + h * width + i) * k;
+      });
 #pragma GCC unroll 4
-    for (int h = 0; h < Heads; ++h) scores[h * tile_positions] = sum_lanes<A>(sums[h]) * A(shape.scale);
+      for (int h = 0; h < Heads; ++h) sums[h][j] = sum[h];
+    }
+    for (int h = 0; h < Heads; ++h) {
+      store(scores + h * tile_positions, sum_each<A>(sums[h]));
+      std::fill(scores + h * tile_positions + count, scores + h * tile_positions + lanes<A>,
+                -std::numeric_limits<A>::infinity());
+    }
   }
 
-  // A tile's scores -> exp(score - most), with the running maximum, sum and output rescaled where the maximum rises.
+  // A tile's scores, -infinity past count, -> exp(score - most), with the running maximum, sum and output rescaled where the maximum rises.
   void soften(A* scores, Vector<A>& sum, A& most, A* o, int64_t count) const {
     const int64_t padded = round_up(count, lanes<A>);
-    std::fill(scores + count, scores + padded, -std::numeric_limits<A>::infinity());
     Vector<A> largest = load(scores);
     for (int64_t i = lanes<A>; i < padded; i += lanes<A>) largest = maximum(load(scores + i), largest);
     const A highest = std::max(most, maximum_of_lanes<A>(largest));
@@ -156,7 +171,7 @@ template <class T> struct Decode {
   template <int Heads, int Vectors, class Count>
   void add_values(A* o, const A* scores, const T* value, int64_t positions, Count count) const {
     Vector<A> sums[Heads][Vectors] = {};
-    for (int64_t j = 0; j < positions; ++j, value += pitch) {
+    for (int64_t j = 0; j < positions; ++j, value += head_dim) {
       Vector<A> v[Vectors];
 #pragma GCC unroll 4
       for (int i = 0; i < Vectors; ++i) v[i] = load(value + i * lanes<A>, count);
@@ -167,7 +182,7 @@ template <class T> struct Decode {
     }
     for (int h = 0; h < Heads; ++h)
       for (int i = 0; i < Vectors; ++i) {
-        A* to = o + h * (width + 2) + i * lanes<A>;
+        A* to = o + h * width + i * lanes<A>;
         store(to, load(to) + sums[h][i]);
       }
   }
@@ -177,17 +192,17 @@ template <class T> struct Decode {
     const int64_t begin = first[index], end = first[index + 1];
     const Chunk& chunk = chunks[begin];
     for (int64_t head = 0; head < group; ++head) {
-      A* o = partial(begin, head);
+      A *o = weighed(begin, head), *sum = statistics(begin, head), *most = sum + 1;
       for (int64_t c = begin + 1; c < end; ++c) {
-        const A* more = partial(c, head);
-        const A most = std::max(o[width + 1], more[width + 1]), a = std::exp(o[width + 1] - most),
-                b = std::exp(more[width + 1] - most);
+        const A *more = weighed(c, head), *more_sum = statistics(c, head), *more_most = more_sum + 1;
+        const A highest = std::max(*most, *more_most), a = std::exp(*most - highest),
+                b = std::exp(*more_most - highest);
         for (int64_t i = 0; i < width; i += lanes<A>) store(o + i, load(o + i) * a + load(more + i) * b);
-        o[width] = o[width] * a + more[width] * b;
-        o[width + 1] = most;
+        *sum = *sum * a + *more_sum * b;
+        *most = highest;
       }
       T* to = out + (chunk.row * shape.heads + chunk.kv_head * group + head) * head_dim;
-      for_vectors<A>(head_dim, [&](int64_t i, auto n) { store(to + i, load(o + i) / o[width], n); });
+      for_vectors<A>(head_dim, [&](int64_t i, auto n) { store(to + i, load(o + i) / *sum, n); });
     }
   }
 };
@@ -198,13 +213,17 @@ void CpuBackend::keep_keys_values(const Tensor& keys, const Tensor& values, cons
                                   const Tensor& positions, const AttentionShape& shape) {
   shapes::cached_rows("keep_keys_values", qkv, keys, values, sequences, positions, shape);
   require_cached("keep_keys_values", keys, sequences, positions);
-  const int64_t entry = dtype_bytes(qkv.dtype), bytes = keys.columns() * entry;
+  const int64_t bytes = shape.head_dim * dtype_bytes(qkv.dtype), capacity = keys.shape[2];
   for_rows(qkv.rows(), [&](int64_t row) {
-    const char* from = static_cast<const char*>(qkv.data) +
-                       (row * qkv.columns() + int64_t{shape.heads} * shape.head_dim) * entry;
-    const int64_t at = sequences.as<const int32_t>()[row] * keys.shape[1] + positions.as<const int32_t>()[row];
-    std::memcpy(static_cast<char*>(keys.data) + at * bytes, from, static_cast<size_t>(bytes));
-    std::memcpy(static_cast<char*>(values.data) + at * bytes, from + bytes, static_cast<size_t>(bytes));
+    const char* key = static_cast<const char*>(qkv.data) +
+                      row * qkv.columns() * dtype_bytes(qkv.dtype) + shape.heads * bytes;
+    for (int64_t head = 0; head < shape.kv_heads; ++head, key += bytes) {
+      const int64_t at = (sequences.as<const int32_t>()[row] * int64_t{shape.kv_heads} + head) * capacity +
+                         positions.as<const int32_t>()[row];
+      std::memcpy(static_cast<char*>(keys.data) + at * bytes, key, static_cast<size_t>(bytes));
+      std::memcpy(static_cast<char*>(values.data) + at * bytes, key + shape.kv_heads * bytes,
+                  static_cast<size_t>(bytes));
+    }
   });
 }
 

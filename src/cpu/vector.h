@@ -145,6 +145,23 @@ template <class A> inline A sum_lanes(Vector<A> v) {
       v, [](auto a, auto b) { return a + b; }, std::make_integer_sequence<int, lanes<A> / 2>{});
 }
 
+// Of a vector of A for each lane: lane i of the result is the sum of all lanes of v[i] (v is used up). A level adds the
+// halves of every block of lanes of a vector and of its partner, and puts the two sums side by side.
+template <class A, int Block = lanes<A>> inline Vector<A> sum_each(Vector<A>* v) {
+  constexpr int half = Block / 2, pairs = half;
+  const auto halves = []<int... Lane>(Vector<A> a, Vector<A> b, std::integer_sequence<int, Lane...>) {
+    constexpr auto from = [](int lane) {  // the first half of the block, of a or of b
+      return lane / Block * Block + lane % half + (lane % Block < half ? 0 : lanes<A>);
+    };
+    return __builtin_shufflevector(a, b, from(Lane)...) + __builtin_shufflevector(a, b, (from(Lane) + half)...);
+  };
+  for (int i = 0; i < pairs; ++i) v[i] = halves(v[i], v[i + pairs], std::make_integer_sequence<int, lanes<A>>{});
+  if constexpr (half == 1)
+    return v[0];
+  else
+    return sum_each<A, half>(v);
+}
+
 template <class A> inline A maximum_of_lanes(Vector<A> v) {
   return fold_halves(
       v, [](auto a, auto b) { return maximum(a, b); }, std::make_integer_sequence<int, lanes<A> / 2>{});
@@ -236,7 +253,7 @@ template <int Terms> inline Vector<double> power_of_two(Vector<double> x) {
 
 // body(row) for every row, rows dealt to threads in equal runs.
 template <class Body> void for_rows(int64_t rows, Body&& body) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 1)
   for (int64_t row = 0; row < rows; ++row) body(row);
 }
 
