@@ -89,8 +89,9 @@ void multiply_few(const Tensor& out, const Tensor& in, const Tensor& weight, con
 
 }  // namespace
 
-// oneDNN primitives by the shapes, strides and dtypes of a product. Row counts vary from one micro-batch to the next; a
-// primitive takes a fraction of a millisecond to make, so the cache is bounded by starting over.
+// oneDNN primitives by the shapes, strides and dtypes of a product. Row counts vary from one micro-batch to the next: a
+// primitive takes 0.3 ms to make and holds up to a megabyte, so more than one micro-batch needs are kept, not many more,
+// and the library, which would keep a thousand for itself, keeps none. Bounded by starting over.
 struct CpuBackend::MatrixProducts {
   using Key = std::array<int64_t, 13>;
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
@@ -98,12 +99,14 @@ struct CpuBackend::MatrixProducts {
   std::map<Key, dnnl::matmul> primitives;
   Scratch wide_a, wide_b, wide_c;
 
+  MatrixProducts() { dnnl::set_primitive_cache_capacity(0); }
+
   const dnnl::matmul& primitive(const Matrix& c, const Matrix& a, const Matrix& b, bool bias, bool accumulate) {
     const Key key{c.rows,          c.columns,    a.columns,        a.row_stride,     a.column_stride,  b.row_stride,
                   b.column_stride, c.row_stride, int64_t(a.dtype), int64_t(b.dtype), int64_t(c.dtype), bias,
                   accumulate};
     if (const auto found = primitives.find(key); found != primitives.end()) return found->second;
-    constexpr size_t most = 1024;
+    constexpr size_t most = 32;
     if (primitives.size() >= most) primitives.clear();
     dnnl::primitive_attr attributes;
     if (accumulate) {
