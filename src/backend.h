@@ -75,7 +75,7 @@ struct Backend {
   virtual void synchronize() = 0;                                   // returns when everything asked for is done
 
   // Brackets around each layer of forward and backward (layer -1: embedding, layers: the head's side): no-ops on one
-  // device. Weight gathering, prefetch, gradient-ready reduction, offload and recompute live behind them.
+  // device. Weight gathering, prefetch, gradient-ready reduction and offload live behind them.
   virtual void begin(int /*layer*/, Pass) {}
   virtual void end(int /*layer*/, Pass) {}
 

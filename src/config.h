@@ -56,6 +56,7 @@ struct Options {
   int threads = 0;            // 0: all the machine has
   int64_t device_memory = 0;  // bytes; 0: the machine's
   bool plan = false;
+  bool recompute = false;
   bool profile = false;
   // run
   std::string output = "out";

@@ -15,7 +15,7 @@ struct HeadSettings {
   Objective objective = Objective::orpo;
   double lambda = 0.1;
   bool nll_includes_prompt = true;            // --nll-scope full
-  int64_t logits_bytes = int64_t{256} << 20;  // most memory that logits may take at a time
+  int64_t logits_bytes = int64_t{128} << 20;  // most memory that logits may take at a time
 };
 
 // Rows of logits held at a time for a batch of at most max_targets targets.

@@ -78,14 +78,16 @@ std::vector<Parameter> parameters(const Config& c, const Masters& masters) {
 
 Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Keep keep, Arena& arena) {
   Activations a;
+  a.keep = keep;
   const DType sums = accumulation_dtype(dtype);
   for (int i = 0; i < c.layers; ++i) {
-    if (i > 0 && keep == Keep::nothing) {
-      a.layers.push_back(a.layers[0]);
+    const bool shares = i > 0 && keep != Keep::all;
+    LayerActivations l = shares ? a.layers[0] : LayerActivations{};
+    if (!shares || keep == Keep::inputs) l.input = arena.allocate("layer input", dtype, {rows, c.width});
+    if (shares) {
+      a.layers.push_back(l);
       continue;
     }
-    LayerActivations l;
-    l.input = arena.allocate("layer input", dtype, {rows, c.width});
     l.input_rstd = arena.allocate("norm statistics", sums, {rows});
     l.qkv = arena.allocate("query, key, value", dtype, {rows, c.qkv_width()});
     l.attention = arena.allocate("attention", dtype, {rows, c.attention_width()});
@@ -114,37 +116,34 @@ KeyValueCache KeyValueCache::allocate(const Config& c, DType dtype, int64_t sequ
   return cache;
 }
 
-void forward(const Config& c, const Weights& w, const Activations& a, const DeviceBatch& batch, Backend& backend,
-             Arena& scratch, const CachedRows* cached) {
-  const Arena::Scope scope(scratch);
-  const RopeShape rope = c.rope_shape();
-  const AttentionShape attention = c.attention_shape();
-  const DType dtype = a.hidden.dtype;
-  const int64_t rows = a.hidden.rows();
-  const Tensor normed = scratch.allocate("norm", dtype, {rows, c.width});
-  const Tensor activated = scratch.allocate("activation", dtype, {rows, c.intermediate});
-  // What a block just computed; the next norm adds it to the residual stream.
-  const Tensor computed = scratch.allocate("branch", dtype, {rows, c.width});
+namespace {
 
-  backend.begin(-1, Pass::forward);
-  // 1. Tokens become vectors: the residual stream starts.
-  Tensor residual = c.layers > 0 ? a.layers[0].input : a.final;
-  backend.embedding_forward(residual, w.embedding, batch.tokens);
-  backend.end(-1, Pass::forward);
+// A layer's forward steps, on the memory that all layers share.
+struct LayerForward {
+  const Config& c;
+  const DeviceBatch& batch;
+  Backend& backend;
+  Tensor normed;    // [rows, width] what a norm just wrote
+  Tensor computed;  // [rows, width] what a block just computed; the next norm adds it to the residual stream
 
-  Tensor branch;  // none before the first layer
-  for (int i = 0; i < c.layers; ++i) {
-    const LayerWeights& lw = w.layers[i];
-    const LayerActivations& la = a.layers[i];
-    backend.begin(i, Pass::forward);
+  LayerForward(const Config& config, DType dtype, const DeviceBatch& of, Backend& on, Arena& scratch)
+      : c(config),
+        batch(of),
+        backend(on),
+        normed(scratch.allocate("norm", dtype, {of.tokens.elements(), c.width})),
+        computed(scratch.allocate("branch", dtype, {of.tokens.elements(), c.width})) {}
+
+  // Steps 2 to 8, which leave all that the layer's backward pass reads. residual + branch: the stream that enters.
+  void run(const LayerWeights& lw, const LayerActivations& la, const Tensor& residual, const Tensor& branch,
+           const CachedRows* cached, const KeyValueCache::Layer& kept) const {
+    const AttentionShape attention = c.attention_shape();
     // 2. Add the block before, normalise.
     backend.norm_forward(normed, la.input, la.input_rstd, residual, branch, lw.attention_norm, c.norm_epsilon);
     // 3. Queries, keys and values of all heads in one product.
     backend.linear_forward(la.qkv, normed, lw.qkv, lw.qkv_bias);
     // 4. Positions rotate queries and keys.
-    backend.rope_forward(la.qkv, batch.positions, rope);
+    backend.rope_forward(la.qkv, batch.positions, c.rope_shape());
     // 5. Each row looks back over its own sequence; in decoding over what the cache keeps of it.
-    const KeyValueCache::Layer kept = cached ? cached->cache.layers[i] : KeyValueCache::Layer{};
     if (cached)
       backend.keep_keys_values(kept.keys, kept.values, la.qkv, cached->sequences, batch.positions, attention);
     if (cached && cached->continues)
@@ -158,13 +157,38 @@ void forward(const Config& c, const Weights& w, const Activations& a, const Devi
     backend.norm_forward(normed, la.middle, la.middle_rstd, la.input, computed, lw.mlp_norm, c.norm_epsilon);
     // 8. Gate and up in one product.
     backend.linear_forward(la.gate_up, normed, lw.gate_up, lw.gate_up_bias);
+  }
+};
+
+}  // namespace
+
+void forward(const Config& c, const Weights& w, const Activations& a, const DeviceBatch& batch, Backend& backend,
+             Arena& scratch, const CachedRows* cached) {
+  const Arena::Scope scope(scratch);
+  const DType dtype = a.hidden.dtype;
+  const LayerForward layer(c, dtype, batch, backend, scratch);
+  const Tensor activated = scratch.allocate("activation", dtype, {a.hidden.rows(), c.intermediate});
+
+  backend.begin(-1, Pass::forward);
+  // 1. Tokens become vectors: the residual stream starts.
+  Tensor residual = c.layers > 0 ? a.layers[0].input : a.final;
+  backend.embedding_forward(residual, w.embedding, batch.tokens);
+  backend.end(-1, Pass::forward);
+
+  Tensor branch;  // none before the first layer
+  for (int i = 0; i < c.layers; ++i) {
+    const LayerWeights& lw = w.layers[i];
+    const LayerActivations& la = a.layers[i];
+    backend.begin(i, Pass::forward);
+    // 2. to 8.
+    layer.run(lw, la, residual, branch, cached, cached ? cached->cache.layers[i] : KeyValueCache::Layer{});
     // 9. silu(gate) * up.
     backend.activation_forward(activated, la.gate_up);
     // 10. Back down to the stream's width.
-    backend.linear_forward(computed, activated, lw.down, lw.down_bias);
+    backend.linear_forward(layer.computed, activated, lw.down, lw.down_bias);
     backend.end(i, Pass::forward);
     residual = la.middle;
-    branch = computed;
+    branch = layer.computed;
   }
 
   backend.begin(c.layers, Pass::forward);
@@ -196,6 +220,11 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
     const LayerWeights &lw = w.layers[i], &lg = g.layers[i];
     const LayerActivations& la = a.layers[i];
     backend.begin(i, Pass::backward);
+    // Its input is kept: 2. to 8. once more. The last layer's are still there.
+    if (a.keep == Keep::inputs && i + 1 < c.layers) {
+      const Arena::Scope again(scratch);
+      LayerForward(c, dtype, batch, backend, scratch).run(lw, la, la.input, {}, nullptr, {});
+    }
     {
       const Arena::Scope block(scratch);
       const Tensor dactivated = scratch.allocate("d activation", dtype, {rows, c.intermediate}), activated = dactivated;

@@ -109,10 +109,12 @@ struct LayerActivations {
 // What is kept of each layer.
 enum class Keep {
   all,      // what its backward pass reads
+  inputs,   // its input; the backward pass computes the rest again, in memory that the layers share (--recompute)
   nothing,  // all layers share the memory of one: evaluation
 };
 
 struct Activations {
+  Keep keep;
   std::vector<LayerActivations> layers;
   Tensor final;       // [rows, width] residual stream after the last layer
   Tensor final_rstd;  // [rows] A
@@ -144,7 +146,7 @@ void forward(const Config& config, const Weights& weights, const Activations& ac
              Backend& backend, Arena& scratch, const CachedRows* cached = nullptr);
 
 // dhidden [rows, width] T -> gradients +=. The steps of forward() in reverse, with their numbers. Consumes dhidden and
-// the activations (Keep::all), over which their gradients are written. scratch: memory for the other gradients.
+// the activations (not Keep::nothing), over which their gradients are written. scratch: memory for the other gradients.
 void backward(const Config& config, const Weights& weights, const Weights& gradients, const Activations& activations,
               const Tensor& dhidden, const DeviceBatch& batch, Backend& backend, Arena& scratch);
 

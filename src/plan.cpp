@@ -14,7 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t good_micro_tokens = 2048;  // enough rows for matrix products at full rate
+constexpr int64_t good_micro_tokens = 1536;  // enough rows for matrix products at full rate
 
 // A row at least for each pair; a target for each row and one more a pair, whose last prompt row predicts two tokens.
 MicroLimits limits_of(const PlanRequest& r, int64_t micro_tokens) {
@@ -45,7 +45,7 @@ int64_t rehearse_micro_batch(const PlanRequest& r, const Batch& batch, int passe
   const std::unique_ptr<Backend> nothing = make_rehearsal_backend();
   Arena state = Arena::counting("state");
   return counted([&](Arena& scratch) {
-    DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, *nothing, scratch};
+    DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, *nothing, scratch, r.recompute};
     MicroBatch micro(model, batch);
     if (passes >= 1) micro.forward(), micro.head({1, 1});
     if (passes >= 2 && r.trains) micro.backward();

@@ -25,6 +25,7 @@ struct PlanRequest {
   int64_t largest_pair_rows = 0;  // most stream rows of one pair: the data's, or what the lengths allow
   int64_t step_pairs = 0;  // most pairs that one micro-batch is made of: --batch-pairs, or the rows of an evaluation
   bool trains = true;
+  bool recompute = false;
   DecodingLimits decoding;  // what the model also decodes, between micro-batches
 };
 
@@ -44,7 +45,7 @@ struct MemoryPlan {
 // Most stream rows that a pair of sequences of at most max_length tokens can take: no shared prompt at all.
 int64_t largest_pair(int64_t max_length);
 
-// The plan at micro_tokens, or at the best size that fits (about 2,000 rows, no fewer than the largest pair). memory:
+// The plan at micro_tokens, or at the best size that fits (about 1,500 rows, no fewer than the largest pair). memory:
 // bytes there are. Throws UserError where it does not fit, naming the largest --micro-tokens that does.
 MemoryPlan make_plan(const PlanRequest& request, int64_t memory);
 

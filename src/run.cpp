@@ -144,7 +144,7 @@ void Run::open_memory() {
   state_.emplace("state", *backend_, plan_.state_bytes);
   scratch_.emplace("scratch", *backend_, plan_.scratch_bytes);
   model_.emplace(DeviceModel{config, request.dtype, TrainingTensors::allocate(config, request.dtype, *state_),
-                             request.head, *backend_, *scratch_});
+                             request.head, *backend_, *scratch_, request.recompute});
   if (state_->used() != plan_.state_bytes)
     fail_machine("memory: planned ", plan_.state_bytes, " bytes for weights, gradients and moments, took ",
                  state_->used());

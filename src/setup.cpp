@@ -101,6 +101,7 @@ PlanRequest plan_request(const Options& options, const Config& config) {
   request.dtype = resolve_dtype(options.dtype);
   request.head = head_settings(options);
   request.micro_tokens = options.micro_tokens;
+  request.recompute = options.recompute;
   return request;
 }
 

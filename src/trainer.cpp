@@ -42,12 +42,20 @@ DeviceBatch to_device(const Batch& batch, Backend& backend, Arena& arena) {
           &batch};
 }
 
+namespace {
+
+Keep kept_by(const DeviceModel& model) {
+  return !model.tensors.trains() ? Keep::nothing : model.recompute ? Keep::inputs : Keep::all;
+}
+
+}  // namespace
+
 MicroBatch::MicroBatch(DeviceModel& model, const Batch& batch)
     : model_(model),
       scope_(model.scratch),
       batch_(to_device(batch, model.backend, model.scratch)),
-      activations_(Activations::allocate(model.config, model.dtype, batch.rows(),
-                                         model.tensors.trains() ? Keep::all : Keep::nothing, model.scratch)) {
+      activations_(
+          Activations::allocate(model.config, model.dtype, batch.rows(), kept_by(model), model.scratch)) {
   if (model.tensors.trains())
     dhidden_ = model.scratch.allocate("d hidden", model.dtype, {batch.rows(), model.config.width});
 }

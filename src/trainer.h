@@ -40,6 +40,7 @@ struct DeviceModel {
   HeadSettings head;
   Backend& backend;
   Arena& scratch;
+  bool recompute = false;  // training keeps each layer's input alone: Keep::inputs
 };
 
 // A micro-batch on its way through the model. Its activations are scratch: gone with this object.

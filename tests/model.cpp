@@ -169,6 +169,20 @@ TEST_CASE("model: a small logits budget recomputes logits and gives the same") {
   }
 }
 
+TEST_CASE("model: recomputed layers give the same bits from less memory") {
+  const MemoryPairs rows(awkward_rows(37));
+  Config config = odd_config();
+  config.layers = 5;
+  for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    TinyModel keeps = tiny(dtype, config), recomputes = tiny(dtype, config);
+    recomputes.keep = Keep::inputs;
+    const auto a = keeps.run(rows, 40, HeadSettings{}), b = recomputes.run(rows, 40, HeadSettings{});
+    CHECK(b.loss == a.loss);
+    CHECK(b.gradient == a.gradient);
+    CHECK(recomputes.memory.high_water() < keeps.memory.high_water());
+  }
+}
+
 TEST_CASE("model: fp32 and bf16 stay close to double") {
   const MemoryPairs rows(awkward_rows(37));
   const HeadSettings settings;

@@ -11,7 +11,7 @@
 namespace orpo {
 namespace {
 
-PlanRequest request(DType dtype, bool trains = true) {
+PlanRequest request(DType dtype, bool trains = true, bool recompute = false) {
   PlanRequest r;
   r.config = test::odd_config();
   r.dtype = dtype;
@@ -19,16 +19,17 @@ PlanRequest request(DType dtype, bool trains = true) {
   r.micro_tokens = 60;
   r.largest_pair_rows = 27;
   r.step_pairs = 6;
-  r.trains = trains;
+  r.trains = trains, r.recompute = recompute;
   return r;
 }
 
 TEST_CASE("planned is used, to the byte") {
   for (const DType dtype : {DType::f32, DType::bf16})
-    for (const bool trains : {true, false}) {
+    for (const auto& [trains, recompute] : {std::pair{true, false}, {true, true}, {false, false}}) {
       CAPTURE(dtype_name(dtype));
       CAPTURE(trains);
-      const PlanRequest r = request(dtype, trains);
+      CAPTURE(recompute);
+      const PlanRequest r = request(dtype, trains, recompute);
       const MemoryPlan plan = make_plan(r, int64_t{1} << 30);
       const auto backend = make_cpu_backend(2);
       Arena state("state", *backend, plan.state_bytes), scratch("scratch", *backend, plan.scratch_bytes);
@@ -38,7 +39,8 @@ TEST_CASE("planned is used, to the byte") {
                                : TrainingTensors::allocate_weights(r.config, dtype, state),
                         r.head,
                         *backend,
-                        scratch};
+                        scratch,
+                        recompute};
       CHECK(state.used() == plan.state_bytes);
       draw_weights(model, 1);
       if (trains) zero_gradients(model);
@@ -76,13 +78,18 @@ TEST_CASE("planned is used, to the byte") {
     }
 }
 
-TEST_CASE("an evaluation's activations do not grow with the number of layers, a training step's do") {
-  for (const bool trains : {false, true}) {
-    PlanRequest r = request(DType::bf16, trains);
+TEST_CASE("a layer more costs a training step what its backward pass reads, with recompute its input, an evaluation 0") {
+  const auto cost = [](bool trains, bool recompute) {
+    PlanRequest r = request(DType::bf16, trains, recompute);
     const int64_t few = make_plan(r, int64_t{1} << 30).scratch_bytes;
-    r.config.layers += 5;
-    CHECK((make_plan(r, int64_t{1} << 30).scratch_bytes == few) == !trains);
-  }
+    r.config.layers += 1;
+    return make_plan(r, int64_t{1} << 30).scratch_bytes - few;
+  };
+  const int64_t rows = request(DType::bf16).micro_tokens, input = rows * test::odd_config().width * 2;
+  CHECK(cost(true, false) > 3 * input);
+  CHECK(cost(true, true) >= input);
+  CHECK(cost(true, true) < input + 64);
+  CHECK(cost(false, false) == 0);
 }
 
 TEST_CASE("a micro-batch never has more than the limits") {

@@ -219,6 +219,15 @@ TEST_CASE("the size of a micro-batch changes the numbers by rounding only") {
   }
 }
 
+TEST_CASE("--recompute takes less memory and gives the same model") {
+  const Workplace keeps, recomputes;
+  REQUIRE(keeps.train({"--max-steps", "3"}).status == 0);
+  REQUIRE(recomputes.train({"--max-steps", "3", "--recompute"}).status == 0);
+  check_same_lines(metrics_of(keeps.out), metrics_of(recomputes.out));
+  CHECK(text_of(recomputes.out / "model.safetensors") == text_of(keeps.out / "model.safetensors"));
+  CHECK(keeps.train({"--plan"}).out != keeps.train({"--plan", "--recompute"}).out);
+}
+
 TEST_CASE("steps that are not finite are skipped, counted, and end the run with its weights untouched") {
   const Workplace work;
   const Outcome outcome =

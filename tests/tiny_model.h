@@ -93,7 +93,8 @@ class TinyModel {
     for (const Batch& batch : batches) {
       const Arena::Scope scope(memory);
       const DeviceBatch device = to_device(batch, *backend, memory);
-      Activations activations = Activations::allocate(config, dtype, batch.rows(), with_gradients ? Keep::all : Keep::nothing, memory);
+      const Keep kept = with_gradients ? keep : Keep::nothing;
+      const Activations activations = Activations::allocate(config, dtype, batch.rows(), kept, memory);
       forward(config, weights, activations, device, *backend, memory);
       const Tensor dhidden = memory.allocate("d hidden", dtype, {batch.rows(), config.width});
       std::vector<double> logps;
@@ -130,6 +131,7 @@ class TinyModel {
 
   Config config;
   DType dtype;
+  Keep keep = Keep::all;
   std::unique_ptr<Backend> backend;
   Arena memory;
   Weights weights, gradients;
