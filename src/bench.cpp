@@ -72,12 +72,12 @@ int run_bench(const Options& options) {
     return options.only.empty() || std::find(options.only.begin(), options.only.end(), part) != options.only.end();
   };
 
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a page is read while it grows
   const Workplace work;
   const std::unique_ptr<Backend> backend = make_cpu_backend(options.threads);
   Machine machine = measure_machine(*backend, options.threads, options.quick);
   Bench bench{options, work, *backend, machine};
   std::printf("%s\n", machine_text(machine).c_str());
-  std::fflush(stdout);
 
   const bool one = !options.model.empty();
   const BenchModel main_model = with_weights(bench, one             ? real_model(options.model)

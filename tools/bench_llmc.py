@@ -24,7 +24,7 @@ from array import array
 from pathlib import Path
 
 VOCAB, PADDED, POSITIONS, LAYERS, HEADS, WIDTH = 50257, 50304, 1024, 12, 12, 768
-SEQUENCES, LENGTH, STEPS = 4, 256, 3
+SEQUENCES, LENGTH, STEPS = 4, 256, 2
 STEP = re.compile(r"step (\d+): train loss ([\d.]+) \(took ([\d.]+) ms\)")
 
 

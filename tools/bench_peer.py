@@ -8,8 +8,8 @@ Ours: bf16 compute, fp32 master weights and moments, 4 pairs a step and (the def
 optimizer state all in bf16, one pair at a time (fastest and smallest, no fp32 state at all), and "mixed", its own
 mixed-precision default, four pairs at a time.  Both train on the token ids that TRL's own tokenisation gives.
 
-A few rows stand for the file: the middles of as many equal parts of it by length.  A step's time is the shortest of all
-rounds, the first step of every run is left out.  Without --data, rows are drawn with the lengths of AlpacaEval's pairs.
+Eight rows stand for the file, the middles of as many equal parts of it by length: four of them warm up, four are timed.
+The shortest time of all rounds counts.  Without --data, rows are drawn with the lengths of AlpacaEval's pairs.
 --before COMMAND is put in front of every timed run (taskset, numactl).  This file needs the standard library only; the
 peer's side (bench_peer_trl.py) runs under --python.
 """
@@ -25,7 +25,8 @@ import tempfile
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
-ROWS, STEP_PAIRS, STEPS = 8, 4, 3  # the first of the steps warms up, the others see every row once
+ROWS, STEP_PAIRS, STEPS = 8, 4, 2  # the first step warms up
+SPREAD = [0, 3, 4, 7, 1, 2, 5, 6]  # by length: two halves, each of short and long rows
 # Median and 90th percentile of AlpacaEval's prompts and answers in SmolLM2's tokens (orpo_data prints them).
 LENGTHS = {"prompt_ids": (53, 105), "chosen_ids": (248, 567), "rejected_ids": (153, 474)}
 
@@ -61,12 +62,10 @@ def tokenised(args, file, scratch):
     return [row for row in rows if longest(row) <= args.max_length]
 
 
-def representative(rows, count):
-    """The middles of `count` equal parts by length, in a shuffled order."""
+def representative(rows):
+    """The middles of ROWS equal parts by length."""
     ordered = sorted(rows, key=size)
-    chosen = [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
-    random.Random(1).shuffle(chosen)
-    return chosen
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * ROWS)] for i in SPREAD]
 
 
 def write_rows(path, rows):
@@ -119,7 +118,7 @@ class Side:
 
 
 def compare(args, name, rows, scratch):
-    rows = representative(rows, ROWS)
+    rows = representative(rows)
     once, twice = scratch / "rows.jsonl", scratch / "twice.jsonl"
     write_rows(once, rows)
     write_rows(twice, rows * 2)
@@ -131,7 +130,7 @@ def compare(args, name, rows, scratch):
         Side("TRL mixed: bf16 autocast, 4 at a time", 4, lambda: peer(args, ["train", "--data", once, "--precision",
                                                                             "mixed", "--micro-pairs", 4, "--steps",
                                                                             STEPS]))]
-    sides = [side for side in sides if args.side in side.name]
+    sides = [side for side in sides if any(part in side.name for part in args.side)]
     for number in range(args.rounds):
         for side in sides:
             side.go()
@@ -157,7 +156,7 @@ def main():
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--side", default="", help="only the settings whose name holds this")
+    parser.add_argument("--side", nargs="*", default=[""], help="only the settings whose names hold one of these")
     parser.add_argument("--before", default="", help="command in front of every timed run")
     parser.add_argument("--program", type=Path, default=TOOLS.parent / "orpo_train")
     parser.add_argument("--json", type=Path, help="the figures, one JSON object")

@@ -94,7 +94,6 @@ Json measure_steps(Bench& bench, const BenchModel& model, DType dtype, const std
               trial.table.c_str());
   json["products_alone"] = measure_products(bench, dtype, trial.profile.at("products"));
   print_memory(json.at("memory"), trial.peak_bytes);
-  std::fflush(stdout);
   return json;
 }
 

@@ -1,10 +1,12 @@
 #include "src/bench/trial.h"
 
 #include <fcntl.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdlib>
 
 #include "src/fail.h"
@@ -58,6 +60,7 @@ Trial run_trial(const Workplace& work, std::vector<std::string> arguments) {
   const pid_t child = fork();
   if (child < 0) fail_machine("no process for ", program.string());
   if (child == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGTERM);  // a trial does not outlive the benchmark
     dup2(open(said.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDOUT_FILENO);
     dup2(open(complained.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDERR_FILENO);
     setenv("ORPO_CACHE", (work.path() / "cache").c_str(), 1);
