@@ -44,6 +44,10 @@ int64_t LineReader::fill(char* to, int64_t bytes) {
 }
 
 void LineReader::refuse_other_formats(std::string_view start) const {
+  // zlib passes through what is no gzip; rows that something unpacked under their old name are welcome.
+  if (path_.extension() == ".gz" && gzdirect(static_cast<gzFile>(file_)) && !start.empty() &&
+      std::string_view("{ \t\r\n\xef").find(start.front()) == std::string_view::npos)
+    fail(path_.string(), ": is named .gz and is no gzip file; make or copy it again");
   static constexpr std::pair<std::string_view, const char*> formats[] = {
       {"PAR1", "a Parquet file"}, {"\x28\xb5\x2f\xfd", "a zstd file"}, {"PK\x03\x04", "a zip file"},
       {"BZh", "a bzip2 file"},    {"\xfd" "7zXZ", "an xz file"},       {"ARROW1", "an Arrow file"},

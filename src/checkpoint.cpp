@@ -118,7 +118,7 @@ void verify(const fs::path& folder) {
 }
 
 void write_checkpoint(const fs::path& folder, const TrainingState& state, const ModelSource& source,
-                      const OptimizerTensors& tensors, Backend& backend) {
+                      const OptimizerTensors& tensors, Backend& backend, const std::function<void()>& tensors_read) {
   const Config& config = source.description.config;
   make_folder(folder / "state");
   std::vector<FilePart> parts = fill_model_folder(folder, source, tensors.masters, backend);
@@ -126,6 +126,7 @@ void write_checkpoint(const fs::path& folder, const TrainingState& state, const 
   add(write_state(folder, optimizer_file, config, {{"first.", tensors.first}, {"second.", tensors.second}}, backend));
   if (source.dtype != StoredDType::f32)
     add(write_state(folder, masters_file, config, {{"", tensors.masters}}, backend));
+  if (tensors_read) tensors_read();
   for (const auto& [file, text] :
        {std::pair(trainer_file, trainer_json(state)), std::pair(trainer_state_file, trainer_state_json(state))}) {
     parts.push_back(write_file(folder / file, text));
@@ -174,12 +175,13 @@ void remove_checkpoint(const fs::path& out, int64_t step) {
 }  // namespace
 
 fs::path save_checkpoint(const fs::path& out, const TrainingState& state, const ModelSource& source,
-                         const OptimizerTensors& tensors, int64_t keep, Backend& backend) {
+                         const OptimizerTensors& tensors, int64_t keep, Backend& backend,
+                         const std::function<void()>& tensors_read) {
   const fs::path partial = hidden(out, state.step, ".partial");
   try {
     make_folder(out);
     remove_tree(partial);
-    write_checkpoint(partial, state, source, tensors, backend);
+    write_checkpoint(partial, state, source, tensors, backend, tensors_read);
     prove(partial);
     publish(partial, out, state.step);
   } catch (const MachineError& e) {

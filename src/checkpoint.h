@@ -46,11 +46,11 @@ struct OptimizerTensors {
 
 // Writes OUT/checkpoint-<state.step>, proves it by reading it back, then deletes the oldest ones beyond keep (at least
 // 1). An existing checkpoint of the same step is replaced. Throws MachineError naming path and reason (no space, no
-// permission, I/O error); older checkpoints are then as they were and no partial folder is left. Returns the
-// checkpoint's folder.
+// permission, I/O error); older checkpoints are then as they were and no partial folder is left. tensors_read: called
+// when the tensors are not read any more. Returns the checkpoint's folder.
 std::filesystem::path save_checkpoint(const std::filesystem::path& out, const TrainingState& state,
                                       const ModelSource& source, const OptimizerTensors& tensors, int64_t keep,
-                                      Backend& backend);
+                                      Backend& backend, const std::function<void()>& tensors_read = {});
 
 // A checkpoint whose every byte was compared with its checksums.
 struct Checkpoint {

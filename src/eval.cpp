@@ -6,11 +6,13 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "src/config.h"
 #include "src/console.h"
 #include "src/fail.h"
 #include "src/files.h"
+#include "src/json.h"
 #include "src/loaded_model.h"
 #include "src/metrics.h"
 #include "src/setup.h"
@@ -20,23 +22,25 @@
 namespace orpo {
 namespace {
 
-// row, logps/* (means), tokens/*, nll (mean over the NLL scope), log_odds (D), loss (nll + lambda softplus(-D)).
-std::string pair_line(const TokenPair& pair, const PairResult& result, const HeadSettings& settings) {
+// file (where there are several), row, logps/* (means), tokens/*, nll (mean over the NLL scope), log_odds (D), loss (nll + lambda softplus(-D)).
+std::string pair_line(const std::vector<std::string>& files, const TokenPair& pair, const PairResult& result,
+                      const HeadSettings& settings) {
   PairSums one;
   one.add(result, settings.nll_includes_prompt);
   const double nan = std::nan("");
   const bool both = one.pairs > 0;
   const auto count = [](size_t n) { return static_cast<double>(n); };
-  return json_line({{"row", count(pair.row)},
-                    {"logps/chosen", one.chosen},
-                    {"logps/rejected", both ? one.rejected : nan},
-                    {"tokens/prompt", count(pair.trunk.size())},
-                    {"tokens/chosen", count(pair.chosen.size())},
-                    {"tokens/rejected", count(pair.rejected.size())},
-                    {"nll", one.nll / std::max(1.0, one.nll_tokens)},
-                    {"log_odds", both ? one.log_odds : nan},
-                    {"loss", loss_of(one, settings)}}) +
-         "\n";
+  const std::string numbers = json_line({{"row", count(pair.row)},
+                                         {"logps/chosen", one.chosen},
+                                         {"logps/rejected", both ? one.rejected : nan},
+                                         {"tokens/prompt", count(pair.trunk.size())},
+                                         {"tokens/chosen", count(pair.chosen.size())},
+                                         {"tokens/rejected", count(pair.rejected.size())},
+                                         {"nll", one.nll / std::max(1.0, one.nll_tokens)},
+                                         {"log_odds", both ? one.log_odds : nan},
+                                         {"loss", loss_of(one, settings)}});
+  const std::string file = files.size() > 1 ? concat("{\"file\": ", Json(files[pair.file]).dump(), ", ") : "{";
+  return file + numbers.substr(1) + "\n";
 }
 
 int evaluate_rows(Options options) {
@@ -51,7 +55,7 @@ int evaluate_rows(Options options) {
   catch_stop_signals();
   const std::optional<PairSums> sums =
       evaluate(loaded.model(), *set, loaded.micro_tokens(), [&](const TokenPair& pair, const PairResult& result) {
-        if (!options.per_pair.empty()) lines += pair_line(pair, result, loaded.model().head);
+        if (!options.per_pair.empty()) lines += pair_line(options.data, pair, result, loaded.model().head);
         rows += 1;
         console().progress(concat("row ", rows, "/", set->size()), rows == set->size());
       });

@@ -246,8 +246,7 @@ std::vector<Option> build_table() {
                          {"fp32", SaveDType::fp32}}),
       "dtype of the saved weights; auto: as in --model");
   add(train, text("metrics", "FILE", &O::metrics), "one JSON object a step")
-      .shown_as("metrics.jsonl in --output")
-      .asks();
+      .shown_as("metrics.jsonl in --output");
   add(train, text("save-gradients", "FILE", &O::save_gradients),
       "write the first step's gradients (fp32, before clipping) and stop")
       .asks();

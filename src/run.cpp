@@ -279,6 +279,7 @@ void Run::log(const StepResult& r) {
     m.emplace_back(name, value);
   write_metrics(m);
   show_progress(m, seconds);
+  collect_checkpoint(false);
   if (!r.finite) report_skipped(r);
 }
 
@@ -321,7 +322,7 @@ bool Run::evaluate() {
 
 void Run::save() {
   if (saved_ == done) return;
-  const Clock::time_point start = Clock::now();
+  collect_checkpoint(true);
   const Options& o = options_;
   TrainingState state;
   state.step = done;
@@ -337,17 +338,27 @@ void Run::save() {
   state.options = option_values(Program::train, o);
   state.log_history = history_;
   const TrainingTensors& t = model_->tensors;
-  const fs::path folder = save_checkpoint(o.output, state, source_, {t.masters(), t.first, t.second}, o.keep, *backend_);
+  writer_.start([this, state, masters = t.masters(), first = t.first, second = t.second](const auto& tensors_read) {
+    const Clock::time_point start = Clock::now();
+    const fs::path folder = save_checkpoint(options_.output, state, source_, {masters, first, second}, options_.keep,
+                                            *backend_, tensors_read);
+    saving_seconds_ = seconds_since(start);
+    return folder;
+  });
   saved_ = done;
-  console().say("saved ", folder.string());
-  saving_seconds_ = seconds_since(start);
-  begin_step();
 }
+
+void Run::collect_checkpoint(bool wait) {
+  if (const std::optional<fs::path> folder = writer_.collect(wait)) console().say("saved ", folder->string());
+}
+
+void Run::before_update() { writer_.wait_until_read(); }
 
 int Run::stop() {
   console().say(stop_reason(), ": stopping after step ", done);
   if (options_.profile && profile_.steps() > 0) write_profile();
   save();
+  collect_checkpoint(true);
   console().say("stopped; --resume --output ", options_.output, " goes on");
   return exit_stopped;
 }
@@ -369,6 +380,7 @@ void Run::write_profile() const {
 }
 
 int Run::finish() {
+  collect_checkpoint(true);
   if (options_.profile && profile_.steps() > 0) write_profile();
   if (done > 0 && skipped == done)
     fail("loss or gradient was not finite in any of ", done,

@@ -10,6 +10,7 @@
 
 #include "data/sampler.h"
 #include "src/checkpoint.h"
+#include "src/checkpoint_writer.h"
 #include "src/communicator.h"
 #include "src/config.h"
 #include "src/files.h"
@@ -57,7 +58,8 @@ class Run {
   void log(const StepResult& result);  // metrics.jsonl, events, the progress line. Throws UserError after
                                        // --max-bad-steps skipped ones in a row
   bool evaluate();                     // --eval-data, once a step at most; false: stopped on the way
-  void save();                         // OUT/checkpoint-N
+  void save();                         // OUT/checkpoint-N, beside the next step; what went wrong is thrown later
+  void before_update();                // returns when no checkpoint reads the weights and moments any more
   int stop();                          // saves; exit status 75
   int finish();                        // OUT becomes a model folder; exit status 0
 
@@ -74,6 +76,7 @@ class Run {
   void write_metrics(const MetricList& metrics);
   void show_progress(const MetricList& metrics, double seconds);
   void report_skipped(const StepResult& result);
+  void collect_checkpoint(bool wait);  // says that it was saved
   void write_profile() const;
 
   Options options_;
@@ -97,6 +100,7 @@ class Run {
   double stepping_seconds_ = 0;  // in steps after the first
   double start_seconds_ = 0, saving_seconds_ = 0;  // before the first step; in the last checkpoint
   std::chrono::steady_clock::time_point start_, step_end_;
+  CheckpointWriter writer_;  // last: its thread uses what stands above
 };
 
 }  // namespace orpo

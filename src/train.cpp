@@ -61,6 +61,7 @@ StepResult train_step(Run& run) {
   run.check_gradients(result.gradients);
   // 10. AdamW moves the weights, by a gradient that is not longer than --max-grad-norm.
   update.gradient_scale = clip_factor(result.gradients.norm, run.options().max_grad_norm);
+  run.before_update();
   update_weights(run.model(), update);
   run.check_moments(update.learning_rate);
   return result;

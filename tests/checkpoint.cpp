@@ -6,9 +6,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <csignal>
+#include <thread>
 
+#include "src/checkpoint_writer.h"
 #include "src/fail.h"
 #include "src/files.h"
 #include "src/json.h"
@@ -367,6 +370,51 @@ TEST_CASE("checkpoint: SIGKILL at any moment never loses the last whole one") {
   }
   CHECK(last > 0);
   CHECK(kills_inside_a_save > 0);
+}
+
+TEST_CASE("checkpoint: written beside training, it holds the tensors as they were when it began") {
+  TemporaryFolder folder;
+  Run run(folder.path(), StoredDType::bf16);
+  run.fill(1);
+  const std::string before = run.bytes();
+  CheckpointWriter writer;
+  CHECK_FALSE(writer.collect(true));
+  writer.wait_until_read();  // nothing to wait for
+  std::atomic<bool> go = false, read = false;
+  writer.start([&](const std::function<void()>& tensors_read) {
+    while (!go) std::this_thread::yield();
+    return save_checkpoint(run.out, run.state, run.source, run.tensors(), 2, *run.masters.backend, [&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      read = true;
+      tensors_read();
+    });
+  });
+  CHECK_FALSE(writer.collect(false));
+  CHECK_THROWS_AS(writer.start({}), MachineError);
+  go = true;
+  writer.wait_until_read();
+  CHECK(read);
+  run.masters.fill(8), run.first.fill(9), run.second.fill(10);
+  CHECK(writer.collect(true) == run.out / "checkpoint-1");
+  CHECK_FALSE(writer.collect(true));
+  run.load(*run.find());
+  CHECK(run.bytes() == before);
+
+  writer.start([](const auto&) -> fs::path { fail_machine("no space"); });
+  writer.wait_until_read();
+  CHECK(error_line<MachineError>([&] { writer.collect(true); }) == "no space");
+  CHECK_FALSE(writer.collect(true));
+
+  bool ended = false;
+  {
+    CheckpointWriter left;
+    left.start([&](const auto&) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      ended = true;
+      return fs::path();
+    });
+  }
+  CHECK(ended);
 }
 
 TEST_CASE("checkpoint: state files that are not what they should be") {

@@ -138,6 +138,11 @@ TEST_CASE("files: gzip, CRLF, a byte-order mark, blank lines, no last line feed"
   std::filesystem::resize_file(path, std::filesystem::file_size(path) - 10);
   CHECK(error_of([&] { PairSet::load({path}, &plain, &letters, settings()); }) ==
         "rows.jsonl.gz: the gzip file is cut off or damaged; make or copy it again");
+  std::ofstream(path, std::ios::binary) << "\x93\x01\xff random";
+  CHECK(error_of([&] { PairSet::load({path}, &plain, &letters, settings()); }) ==
+        "rows.jsonl.gz: is named .gz and is no gzip file; make or copy it again");
+  std::ofstream(path, std::ios::binary) << row;  // unpacked under its old name
+  CHECK(PairSet::load({path}, &plain, &letters, settings())->size() == 1);
 }
 
 TEST_CASE("lines longer than a block and blocks that end anywhere") {

@@ -2,6 +2,7 @@
 #include "tests/programs.h"
 
 #include <chrono>
+#include <cstring>
 #include <optional>
 #include <thread>
 
@@ -242,6 +243,53 @@ TEST_CASE("steps that are not finite are skipped, counted, and end the run with 
   CHECK_FALSE(fs::exists(work.out / "model.safetensors"));
 }
 
+TEST_CASE("a skipped step counts as none for AdamW: the others go as if it had not been") {
+  const Workplace work;
+  const fs::path model = work.folder.path() / "model", weights = model / "model.safetensors";
+  fs::copy("tests/fixtures/reference_grouped", model);
+  fs::permissions(weights, fs::perms::owner_write, fs::perm_options::add);
+  // Token 20 has no finite embedding, so that the one step that reads it is not finite.
+  std::string bytes = text_of(weights);
+  uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), sizeof header);
+  const Json place = parse_json(bytes.substr(8, header), "header").at("model.embed_tokens.weight");
+  const size_t row = place.at("shape")[1].get<size_t>() * (place.at("dtype") == "F32" ? 4 : 2);
+  std::fill_n(bytes.begin() + static_cast<int64_t>(8 + header + place.at("data_offsets")[0].get<size_t>() + 20 * row),
+              row, '\xff');
+  std::ofstream(weights, std::ios::binary) << bytes;
+
+  const std::string first = R"({"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10, 11]})",
+                    bad = R"({"prompt_ids": [20, 6], "chosen_ids": [7], "rejected_ids": [10, 11]})",
+                    last = R"({"prompt_ids": [12, 6], "chosen_ids": [13, 14], "rejected_ids": [15, 8, 9]})";
+  const auto trained = [&](const std::string& rows, const char* out) {
+    std::ofstream(work.rows) << rows;
+    const Outcome outcome =
+        run("orpo_train",
+            {"--model", model, "--data", work.rows, "--output", work.folder.path() / out, "--batch-pairs", "1",
+             "--no-shuffle", "--learning-rate", "0.01", "--dtype", "fp32", "--threads", "2"},
+            work.folder.path());
+    CHECK_MESSAGE(outcome.status == 0, outcome.err);
+    return metrics_of(work.folder.path() / out);
+  };
+  const std::vector<Json> with = trained(first + "\n" + bad + "\n" + last + "\n", "with"),
+                          without = trained(first + "\n" + last + "\n", "without");
+  REQUIRE(with.size() == 3);
+  CHECK(with[2].at("skipped_steps") == 1);
+  CHECK(with[2].at("loss") == without[1].at("loss"));
+  CHECK(text_of(work.folder.path() / "with/model.safetensors") ==
+        text_of(work.folder.path() / "without/model.safetensors"));
+}
+
+TEST_CASE("a resumed run goes on with the metrics file that it was given") {
+  const Workplace work;
+  const fs::path file = work.folder.path() / "numbers.jsonl";
+  REQUIRE(work.train({"--max-steps", "2", "--save-every", "1", "--dtype", "fp32", "--metrics", file}).status == 0);
+  const Outcome outcome = run("orpo_train", {"--resume", "--output", work.out, "--max-steps", "4"}, work.folder.path());
+  CHECK_MESSAGE(outcome.status == 0, outcome.err);
+  CHECK(lines_of(text_of(file)).size() == 4);
+  CHECK_FALSE(fs::exists(work.out / "metrics.jsonl"));
+}
+
 TEST_CASE("a run in which no step was finite is no finished run") {
   const Workplace work;
   const fs::path model = work.folder.path() / "model", weights = model / "model.safetensors";
@@ -356,6 +404,16 @@ TEST_CASE("orpo_eval writes one line a row, in file order") {
     wins += row.at("logps/chosen").get<double>() > row.at("logps/rejected").get<double>();
   }
   CHECK(outcome.out.find("rewards/accuracies " + concat(wins / 24).substr(0, 5)) != std::string::npos);
+
+  const fs::path more = work.folder.path() / "more \"rows\".jsonl";
+  write_rows(more, 3, 2);
+  REQUIRE(run("orpo_eval", {"--model", tiny_model_folder, "--data", work.rows, more, "--per-pair", lines, "--dtype", "fp32"},
+              work.folder.path())
+              .status == 0);
+  const std::vector<std::string> both = lines_of(text_of(lines));
+  REQUIRE(both.size() == 27);
+  CHECK(both[0].starts_with(concat("{\"file\": ", Json(work.rows.string()).dump(), ", \"row\": 1, ")));
+  CHECK(both[26].starts_with(concat("{\"file\": ", Json(more.string()).dump(), ", \"row\": 3, ")));
 }
 
 }  // namespace
