@@ -39,7 +39,7 @@ ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 
-.PHONY: all run bench bench-peer bench-llmc test test-real deps rooms fuzz gpu-report clean help
+.PHONY: all run bench bench-peer bench-llmc test test-real deps rooms fuzz gpu-report race-proof clean help
 .DELETE_ON_ERROR:
 
 all: $(binaries)
@@ -134,6 +134,12 @@ build/gpu/%.log: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h src/*.h)
 	@mkdir -p $(@D)
 	@$(NVCC) -std=c++20 -O3 -I. $(gpu_archs) -Xptxas -v -c -o $(@:.log=.o) $< 2>$@ || { cat $@; exit 1; }
 
+# Races and barriers, proven on the PTX by sentryward (PyPI): every kernel it can read. Needs nvcc and Python.
+race-proof: build/race/bin/sentryward
+	@build/race/bin/python tools/race_proof.py
+build/race/bin/sentryward:
+	@python3 -m venv build/race && build/race/bin/pip install -q sentryward
+
 fuzz: $(fuzzers)
 .SECONDARY: $(sources:%.cpp=build/fuzz/objects/%.o)
 fuzz_flags := -std=c++20 -O1 -g -fopenmp=libgomp -march=$(ARCH) -I. -fsanitize=address
@@ -156,6 +162,7 @@ help:
 	@echo "make test-real  fetch SmolLM2-135M-Instruct and compare with the numbers TRL gave (Python, network)"
 	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
 	@echo "make gpu-report compile the kernels for sm_80 and sm_90a: registers, shared memory, no spills (nvcc, no GPU)"
+	@echo "make race-proof prove kernels free of races (nvcc, Python, network once; no GPU)"
 	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
 
 -include $(shell find $(OUT) build/fuzz -name '*.d' 2>/dev/null)
