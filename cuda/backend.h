@@ -9,6 +9,9 @@ namespace orpo {
 
 // What the device found that the host could not see when it launched: an index out of range. Kernels skip what they
 // refuse and note one such case; synchronize() throws it as the MachineError that the CPU backend throws at once.
+struct RefusedNumbers {
+  int64_t n[6];  // what they are is in the kind's message (memory.cu)
+};
 struct Refused {
   enum Kind : int32_t {
     nothing,
@@ -16,6 +19,8 @@ struct Refused {
     embedding_backward,
     rope_forward,
     rope_backward,
+    attention_segment,
+    attention_end,
     gather,
     scatter_add,
     head_forward,
@@ -23,7 +28,7 @@ struct Refused {
     preference
   };
   int32_t kind;
-  int64_t numbers[4];  // what they are is in the kind's message (memory.cu)
+  RefusedNumbers numbers;
 };
 
 class CudaBackend {
@@ -48,6 +53,8 @@ class CudaBackend {
                      const Tensor& sum, const Tensor& rstd, const Tensor& weight);
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape);
   void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape);
+  void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
+                         const AttentionShape& shape);
   void activation_forward(const Tensor& out, const Tensor& gate_up);
   void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up);
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows);

@@ -37,7 +37,7 @@ template <bool aligned> __global__ void __launch_bounds__(threads)
   const int64_t target = targets[row];
   const float* l = logits + row * pitch;
   const bool bad = target < 0 || target >= vocab;
-  if (bad && threadIdx.x == 0) refuse(refused, Refused::head_forward, row, target, vocab);
+  if (bad && threadIdx.x == 0) refuse(refused, Refused::head_forward, {row, target, vocab});
   float most = -INFINITY, sum = 0;
   for (int64_t i = threadIdx.x * N; i < vocab; i += threads * N) {
     float x[N];
@@ -94,7 +94,7 @@ __global__ void preference_kernel(PairResult* results, float* coefficient, const
   const PairTargets at = pairs[blockIdx.x];
   const int64_t chosen = int64_t{at.begin} + at.prompt, rejected = chosen + at.chosen, end = rejected + at.rejected;
   if (at.begin < 0 || at.prompt < 0 || at.chosen < 0 || at.rejected < 0 || end > targets) {
-    if (threadIdx.x == 0) refuse(refused, Refused::preference, blockIdx.x, at.begin, end, targets);
+    if (threadIdx.x == 0) refuse(refused, Refused::preference, {blockIdx.x, at.begin, end, targets});
     return;  // the whole block
   }
   PairResult result{sum_range(logp, chosen, at.chosen),
@@ -146,7 +146,8 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
   const int64_t row = blockIdx.x;
   const int64_t target = targets[row];
   const float *l = logits + row * pitch, c = coefficient[row], log_sum = lse[row];
-  if ((target < 0 || target >= vocab) && threadIdx.x == 0) refuse(refused, Refused::head_backward, row, target, vocab);
+  if ((target < 0 || target >= vocab) && threadIdx.x == 0)
+    refuse(refused, Refused::head_backward, {row, target, vocab});
   T* d = dlogits + row * dlogits_pitch;
   for (int64_t turn = 0; turn < vocab; turn += threads * N) {
     const int64_t i = turn + threadIdx.x * N;

@@ -119,10 +119,8 @@ template <int threads> __device__ __forceinline__ float block_max(float value) {
 }
 
 // Notes that an operation refuses something; of several, one is kept.
-__device__ __forceinline__ void refuse(Refused* refused, Refused::Kind kind, int64_t n0, int64_t n1, int64_t n2 = 0,
-                                       int64_t n3 = 0) {
-  if (atomicCAS(&refused->kind, Refused::nothing, kind) != Refused::nothing) return;
-  refused->numbers[0] = n0, refused->numbers[1] = n1, refused->numbers[2] = n2, refused->numbers[3] = n3;
+__device__ __forceinline__ void refuse(Refused* refused, Refused::Kind kind, const RefusedNumbers& numbers) {
+  if (atomicCAS(&refused->kind, Refused::nothing, kind) == Refused::nothing) refused->numbers = numbers;
 }
 
 inline unsigned blocks_for(int64_t count, int64_t per_block) {

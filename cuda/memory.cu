@@ -50,6 +50,11 @@ Message message_of(Refused::Kind kind) {
       return {"rope_forward", "positions from 0 on; row %lld's position is %lld"};
     case Refused::rope_backward:
       return {"rope_backward", "positions from 0 on; row %lld's position is %lld"};
+    case Refused::attention_segment:
+      return {"attention_forward",
+              "segments in order; segment %lld is {%lld, %lld, %lld, %lld} where row %lld comes next"};
+    case Refused::attention_end:
+      return {"attention_forward", "segments of the whole stream; the segments end at row %lld, the stream has %lld"};
     case Refused::gather:
       return {"gather", "rows of the stream; target row %lld is %lld of %lld"};
     case Refused::scatter_add:
@@ -75,9 +80,9 @@ void CudaBackend::synchronize() {
   if (refused.kind == Refused::nothing) return;
   gpu_zero(refused_, sizeof(Refused), nullptr);
   const Message message = message_of(static_cast<Refused::Kind>(refused.kind));
-  const auto n = [&](int i) { return static_cast<long long>(refused.numbers[i]); };
+  const auto n = [&](int i) { return static_cast<long long>(refused.numbers.n[i]); };
   char text[200];
-  snprintf(text, sizeof text, message.format, n(0), n(1), n(2), n(3));
+  snprintf(text, sizeof text, message.format, n(0), n(1), n(2), n(3), n(4), n(5));
   fail_machine(message.operation, ": needs ", static_cast<const char*>(text));
 }
 

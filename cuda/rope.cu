@@ -16,7 +16,7 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
   DYN_SHARED(float, table);  // [half] cosines, [half] sines
   const int64_t row = blockIdx.x;
   const int position = positions[row];
-  if (position < 0 && threadIdx.x == 0) refuse(refused, kind, row, position);
+  if (position < 0 && threadIdx.x == 0) refuse(refused, kind, {row, position});
   for (int i = threadIdx.x; i < half; i += threads) {
     const double angle = position * pow(theta, static_cast<double>(-i) / half);
     table[i] = static_cast<float>(cos(angle));

@@ -12,7 +12,7 @@ template <bool aligned, class T> __global__ void copy_rows_kernel(T* out, const 
   constexpr int N = wide<T>;
   const int64_t row = blockIdx.x, index = indices[row];
   if (index < 0 || index >= limit) {
-    if (threadIdx.x == 0) refuse(refused, kind, row, index, limit);
+    if (threadIdx.x == 0) refuse(refused, kind, {row, index, limit});
     return;
   }
   for (int64_t i = threadIdx.x * N; i < width; i += blockDim.x * N) {
@@ -30,7 +30,7 @@ static __global__ void chain_rows_kernel(int32_t* next, int32_t* first, const in
   if (row >= count) return;  // a whole warp
   const int32_t index = indices[row];
   const bool bad = index < 0 || index >= limit;
-  if (bad && lane == 0) refuse(refused, kind, row, index, limit);
+  if (bad && lane == 0) refuse(refused, kind, {row, index, limit});
   bool earlier = bad || index == left_out;
   for (int i = 0; i < row && !earlier; i += 32)
     earlier = __any_sync(0xffffffffu, i + lane < row && indices[i + lane] == index);

@@ -52,7 +52,7 @@ class EmulatedBackend final : public Backend {
   }
   void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
                          const AttentionShape& shape) override {
-    cpu_->attention_forward(out, lse, qkv, batch, shape);
+    gpu_.attention_forward(out, lse, qkv, batch, shape);
   }
   void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
                           const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override {

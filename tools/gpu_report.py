@@ -11,9 +11,8 @@ import sys
 
 def demangle(names):
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
-    short = lambda s: re.sub(r"\((?:bool|int)\)", "", re.sub(r"^void ", "", s).split("(anonymous")[-1])
-    clean = lambda s: re.sub(r"orpo::|_GLOBAL__N__\w+::|\(anonymous namespace\)::|^ ?namespace\)::", "", short(s))
-    return dict(zip(names, (re.sub(r"\(.*", "", clean(s)) for s in plain)))
+    clean = lambda s: re.sub(r"^void |orpo::|\(anonymous namespace\)::|\((?:bool|int)\)", "", s)
+    return dict(zip(names, (clean(s).split("(")[0] for s in plain)))
 
 
 def kernels(text):

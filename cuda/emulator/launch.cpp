@@ -23,7 +23,7 @@ void run(Launch& launch) {
     own.run(launch);
   };
   release(&launch.started);
-  if (settings.threads <= 1) {
+  if (settings.threads <= 1 || thread_sanitizer) {  // OpenMP's own synchronisation is hidden from ThreadSanitizer
     work();
   } else {
 #pragma omp parallel num_threads(settings.threads)
