@@ -55,7 +55,7 @@ template <bool aligned, class T> __global__ void activation_backward_kernel(T* d
 }  // namespace
 
 void CudaBackend::activation_forward(const Tensor& out, const Tensor& gate_up) {
-  shapes::activation_forward(out, gate_up);
+  shapes::activation_forward(out, gate_up, Activation::swiglu);
   if (out.elements() == 0) return;
   with_gpu_dtype("activation_forward", out.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -69,7 +69,7 @@ void CudaBackend::activation_forward(const Tensor& out, const Tensor& gate_up) {
 
 void CudaBackend::activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
                                       const Tensor& gate_up) {
-  shapes::activation_backward(dgate_up, out, dout, gate_up);
+  shapes::activation_backward(dgate_up, out, dout, gate_up, Activation::swiglu);
   if (dout.elements() == 0) return;
   with_gpu_dtype("activation_backward", dout.dtype, [&](auto zero) {
     using T = decltype(zero);

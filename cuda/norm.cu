@@ -42,7 +42,7 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
 
 void CudaBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
                                const Tensor& branch, const Tensor& weight, double epsilon) {
-  shapes::norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
+  shapes::norm_forward(out, sum, {}, rstd, residual, branch, weight, {}, epsilon);
   if (out.rows() == 0) return;
   with_gpu_dtype("norm_forward", out.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -122,7 +122,7 @@ __global__ void add_partials_kernel(float* dweight, const float* partials, int64
 
 void CudaBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
                                 const Tensor& sum, const Tensor& rstd, const Tensor& weight) {
-  shapes::norm_backward(dsum, dweight, out, dout, sum, rstd, weight);
+  shapes::norm_backward(dsum, dweight, {}, out, dout, sum, {}, rstd, weight, {});
   const int64_t rows = sum.rows(), width = sum.columns();
   if (rows == 0) return;
   constexpr int64_t most_blocks = 256, most_shared_bytes = 96 << 10;  // so that two blocks share an A100's or H100's SM

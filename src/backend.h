@@ -26,6 +26,11 @@ namespace orpo {
 
 enum class Pass { forward, backward };
 
+// What the MLP computes between its two products. swiglu: silu(gate) * up (Shazeer 2020); the others have no gate.
+// gelu(x) = x Phi(x) (Hendrycks & Gimpel 2016); gelu_tanh is its approximation by tanh(sqrt(2 / pi) (x + 0.044715 x^3)).
+enum class Activation { swiglu, gelu, gelu_tanh, relu };
+constexpr bool is_gated(Activation a) { return a == Activation::swiglu; }
+
 // What attention has to know besides its tensors. Query head j reads key/value head j / (heads / kv_heads).
 struct AttentionShape {
   int heads, kv_heads, head_dim;
@@ -79,11 +84,14 @@ struct Backend {
   virtual void begin(int /*layer*/, Pass) {}
   virtual void end(int /*layer*/, Pass) {}
 
-  // embedding: out[rows, width] T = weight[vocab, width] T at tokens[rows] int32.
-  virtual void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) = 0;
+  // embedding: out[rows, width] T = weight[vocab, width] T at tokens[rows] int32, plus position_weight[n, width] T at
+  // positions[rows] int32 where that is not absent.
+  virtual void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens,
+                                 const Tensor& position_weight, const Tensor& positions) = 0;
   // dweight[vocab, width] A += dout[rows, width] T, rows of equal tokens added in row order; those of the token
-  // `padding` (-1: none) add nothing.
-  virtual void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) = 0;
+  // `padding` (-1: none) add nothing.  dposition_weight[n, width] A (may be absent) += dout likewise by positions.
+  virtual void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
+                                  const Tensor& tokens, const Tensor& positions, int64_t padding) = 0;
 
   // linear: out[rows, n] T or A = in[rows, k] T . weight[n, k]^T T + bias[n] T (bias may be absent).
   virtual void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) = 0;
@@ -93,16 +101,21 @@ struct Backend {
   virtual void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                                const Tensor& in, const Tensor& weight) = 0;
 
-  // norm: RMS norm fused with the residual addition before it (Zhang & Sennrich 2019; LlamaRMSNorm):
+  // norm: layer norm (Ba et al. 2016), or RMS norm (Zhang & Sennrich 2019; LlamaRMSNorm) where mean is absent and counts
+  // as 0; fused with the residual addition before it:
   //   sum[rows, width] T = residual + branch (branch may be absent: then sum may be residual itself and is left alone)
-  //   out[rows, width] T = weight[width] * sum * rstd,   rstd[rows] A = 1 / sqrt(mean(sum^2) + epsilon)
-  virtual void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                            const Tensor& branch, const Tensor& weight, double epsilon) = 0;
+  //   mean[rows] A = mean(sum),   rstd[rows] A = 1 / sqrt(mean((sum - mean)^2) + epsilon)
+  //   out[rows, width] T = weight[width] * (sum - mean) * rstd + bias[width] (bias may be absent)
+  virtual void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                            const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                            double epsilon) = 0;
   // dsum[rows, width] T += gradient through the norm (the residual's gradient, which already holds what comes past the
-  // norm);  dweight[width] A +=.  dout[rows, width] T. What was normalised is made again from sum and rstd:
-  // out[rows, width] T = what norm_forward wrote, bit for bit (may be absent; may be dout itself: in place).
-  virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                             const Tensor& sum, const Tensor& rstd, const Tensor& weight) = 0;
+  // norm);  dweight[width] A +=;  dbias[width] A += (absent where bias is).  dout[rows, width] T. What was normalised is
+  // made again from sum, mean and rstd: out[rows, width] T = what norm_forward wrote, bit for bit (may be absent; may be
+  // dout itself: in place).
+  virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                             const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                             const Tensor& weight, const Tensor& bias) = 0;
 
   // rope: rotary position embedding in place (Su et al. 2021; the half-split pairing of Hugging Face Llama) on the
   // query and key heads of qkv[rows, (heads + 2 kv_heads) * head_dim] T at positions[rows] int32. Angles in double.
@@ -135,12 +148,13 @@ struct Backend {
   virtual void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
                                 const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) = 0;
 
-  // activation: SwiGLU (Shazeer 2020): gate_up[rows, 2 n] T holds gate then up; out[rows, n] T = silu(gate) * up.
-  virtual void activation_forward(const Tensor& out, const Tensor& gate_up) = 0;
-  // dgate_up[rows, 2 n] T = (may be gate_up itself: in place);  out[rows, n] T = what activation_forward wrote, bit for
-  // bit (may be absent; may be dout itself: in place).
-  virtual void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
-                                   const Tensor& gate_up) = 0;
+  // activation: gated: gate_up[rows, 2 n] T holds gate then up; out[rows, n] T = silu(gate) * up. Without a gate:
+  // gate_up[rows, n] T holds up; out = the activation's function of it.
+  virtual void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation) = 0;
+  // dgate_up T =, shaped like gate_up (may be gate_up itself: in place);  out[rows, n] T = what activation_forward
+  // wrote, bit for bit (may be absent; may be dout itself: in place).
+  virtual void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
+                                   Activation activation) = 0;
 
   // head, over a chunk of the row list:
   // out[n, width] T = in[rows, width] T at rows target_rows[n] int32.

@@ -46,7 +46,7 @@ std::vector<FilePart> write_state(const fs::path& folder, const char* file, cons
       list.push_back(p);
     }
   SafetensorsWriter writer(folder / file, entries);
-  for (const Parameter& p : list) write_values(writer, p.master(), StoredDType::f32, p.name, backend);
+  for (const Parameter& p : list) write_values(writer, p.master(), false, StoredDType::f32, p.name, backend);
   writer.finish();
   std::vector<FilePart> parts = writer.parts();
   for (FilePart& part : parts) part.file = file;
@@ -64,7 +64,7 @@ void read_state(const fs::path& folder, const char* file, const Config& config,
       if (!tensor || tensor->shape != shape || tensor->dtype != StoredDType::f32)
         fail((folder / file).string(), ": tensor '", group + p.name, "' ", shape_text(p.tensor),
              tensor ? " has another shape or dtype" : " is missing", "; the checkpoint is of another model");
-      read_values(p.master(), *tensor, backend);
+      read_values(p.master(), *tensor, false, backend);
       ++expected;
     }
   if (stored.tensors().size() != expected)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <optional>
 #include <set>
 
@@ -88,8 +89,8 @@ const std::set<std::string>& harmless_fields() {
       "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_commit_hash",
       "_flash_attn_2_enabled", "unsloth_fixed", "unsloth_version",
       // special tokens
-      "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
-      "tokenizer_class", "prefix",
+      "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class",
+      "prefix",
       // generation, as older files hold it
       "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
       "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
@@ -147,6 +148,20 @@ double rope_theta(Fields& f, double otherwise) {
   return theta;
 }
 
+// The MLP's function where it has no gate, by transformers' names.
+Activation activation_named(Fields& f, const std::string& key, const std::string& otherwise) {
+  static const std::map<std::string, Activation> names = {
+      {"gelu_new", Activation::gelu_tanh},  {"gelu_pytorch_tanh", Activation::gelu_tanh},
+      {"gelu_fast", Activation::gelu_tanh}, {"gelu", Activation::gelu},
+      {"gelu_python", Activation::gelu},    {"relu", Activation::relu}};
+  const Json& value = f.take(key);
+  const auto found = names.find(value.is_null() ? otherwise : value.is_string() ? value.get<std::string>() : "");
+  if (found != names.end()) return found->second;
+  std::string list;
+  for (const auto& [name, activation] : names) list += (list.empty() ? "" : ", ") + name;
+  f.refuse(key, " is not supported; this trainer computes ", list);
+}
+
 StoredDType weights_dtype(Fields& f) {
   StoredDType dtype = StoredDType::f32;
   for (const char* key : {"torch_dtype", "dtype"}) {
@@ -165,8 +180,9 @@ StoredDType weights_dtype(Fields& f) {
 }
 
 // Limits far above any model keep every product of sizes within 64 bits.
-constexpr int64_t most_vocab = 1 << 24, most_width = 1 << 20, most_layers = 1 << 12, most_heads = 1 << 14,
-                  most_head_dim = 1 << 12, most_parameters = int64_t{1} << 44;
+constexpr int64_t most_vocab = 1 << 24, most_width = 1 << 20, most_intermediate = most_width * 16,
+                  most_layers = 1 << 12, most_heads = 1 << 14, most_head_dim = 1 << 12,
+                  most_parameters = int64_t{1} << 44;
 
 // transformers gives the token's input embedding no gradient, also where it is the end of sequence as well; there as
 // here -1 is the last token.
@@ -179,24 +195,30 @@ int64_t padding_token(Fields& f, int64_t vocab) {
   return id < 0 ? id + vocab : id;
 }
 
-// What every decoder's config.json says in the same words: sizes, embeddings, precision.
-void read_common(Fields& f, ModelDescription& m) {
-  Config& c = m.config;
+// What config.json calls the sizes that every decoder has.
+struct SizeNames {
+  const char *width, *intermediate, *layers, *heads, *positions;
+};
+
+void read_sizes(Fields& f, Config& c, const SizeNames& names, int64_t default_positions) {
   c.vocab = f.count("vocab_size", most_vocab);
-  c.width = f.count("hidden_size", most_width);
-  c.intermediate = f.count("intermediate_size", most_width * 16);
-  c.layers = static_cast<int>(f.count("num_hidden_layers", most_layers));
-  c.heads = static_cast<int>(f.count("num_attention_heads", most_heads));
-  c.kv_heads = static_cast<int>(f.count("num_key_value_heads", most_heads, c.heads));
-  if (c.heads % c.kv_heads != 0) f.refuse("num_attention_heads", " is no multiple of num_key_value_heads ", c.kv_heads);
-  if (!f.has("head_dim") && c.width % c.heads != 0)
-    f.refuse("hidden_size", " is no multiple of num_attention_heads ", c.heads);
-  c.head_dim = static_cast<int>(f.count("head_dim", most_head_dim, c.width / c.heads));
-  if (c.head_dim > most_head_dim)
-    f.refuse("hidden_size", " gives heads of ", c.head_dim, " entries; the most is ", most_head_dim);
-  c.max_positions = f.count("max_position_embeddings", int64_t{1} << 30, 2048);
-  c.initializer_range = f.positive("initializer_range", 0.02);
-  c.padding_token = padding_token(f, c.vocab);
+  c.width = f.count(names.width, most_width);
+  c.layers = static_cast<int>(f.count(names.layers, most_layers));
+  c.heads = c.kv_heads = static_cast<int>(f.count(names.heads, most_heads));
+  c.max_positions = f.count(names.positions, int64_t{1} << 30, default_positions);
+}
+
+// Heads that share the width: head_dim = width / heads.
+void divide_width(Fields& f, Config& c, const SizeNames& names) {
+  if (c.width % c.heads != 0) f.refuse(names.width, " is no multiple of ", names.heads, " ", c.heads);
+  if (c.width / c.heads > most_head_dim)
+    f.refuse(names.width, " gives heads of ", c.width / c.heads, " entries; the most is ", most_head_dim);
+  c.head_dim = static_cast<int>(c.width / c.heads);
+}
+
+// What every decoder's config.json says in the same words: initialisation, precision, and that it is a plain decoder.
+void read_common(Fields& f, ModelDescription& m) {
+  m.config.initializer_range = f.positive("initializer_range", 0.02);
   m.dtype = weights_dtype(f);
 
   f.only("is_encoder_decoder", {false});
@@ -212,12 +234,23 @@ void read_common(Fields& f, ModelDescription& m) {
 // LlamaForCausalLM: Llama, Llama-2, SmolLM2 and whatever else declares itself one.
 void read_llama(Fields& f, ModelDescription& m) {
   Config& c = m.config;
+  const SizeNames names{"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                        "max_position_embeddings"};
+  read_sizes(f, c, names, 2048);
+  c.intermediate = f.count(names.intermediate, most_intermediate);
+  c.kv_heads = static_cast<int>(f.count("num_key_value_heads", most_heads, c.heads));
+  if (c.heads % c.kv_heads != 0) f.refuse(names.heads, " is no multiple of num_key_value_heads ", c.kv_heads);
+  if (f.has("head_dim"))
+    c.head_dim = static_cast<int>(f.count("head_dim", most_head_dim));
+  else
+    f.take("head_dim"), divide_width(f, c, names);
+  c.padding_token = padding_token(f, c.vocab);
   c.norm_epsilon = f.positive("rms_norm_eps", 1e-6);
   c.rope_theta = rope_theta(f, 10000);
   if (c.head_dim % 2 != 0)
     fail(f.where(), ": heads of ", c.head_dim, " entries cannot be rotated in pairs; head_dim has to be even");
   c.tied_embeddings = f.flag("tie_word_embeddings", false);
-  c.attention_bias = f.flag("attention_bias", false);
+  c.qkv_bias = c.attention_output_bias = f.flag("attention_bias", false);
   c.mlp_bias = f.flag("mlp_bias", false);
   f.only("hidden_act", {"silu", "swish"});
   f.only("pretraining_tp", {1});
@@ -225,12 +258,38 @@ void read_llama(Fields& f, ModelDescription& m) {
   no_sliding_window(f);
 }
 
+// GPT2LMHeadModel. Its embedding has no padding token, whatever pad_token_id says.
+void read_gpt2(Fields& f, ModelDescription& m) {
+  Config& c = m.config;
+  const SizeNames names{"n_embd", "n_inner", "n_layer", "n_head", "n_positions"};
+  read_sizes(f, c, names, 1024);
+  c.intermediate = f.count(names.intermediate, most_intermediate, 4 * c.width);
+  divide_width(f, c, names);
+  c.norm = Norm::layer;
+  c.norm_epsilon = f.positive("layer_norm_epsilon", 1e-5);
+  c.position = Position::learned;
+  c.activation = activation_named(f, "activation_function", "gelu_new");
+  c.scaled_residual_init = true;
+  c.tied_embeddings = f.flag("tie_word_embeddings", true);
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = true;
+  c.scale_attention = f.flag("scale_attn_weights", true);
+  c.scale_attention_by_layer = f.flag("scale_attn_by_inverse_layer_idx", false);
+  f.flag("reorder_and_upcast_attn", false);  // scores in fp32, as they are here always
+  for (const char* key : {"resid_pdrop", "embd_pdrop", "attn_pdrop"}) f.dropout(key, m.notes);
+  // n_ctx is n_positions in older files and read by nobody; the others belong to the published files' history and to
+  // the heads of other tasks.
+  for (const char* key :
+       {"pad_token_id", "n_ctx", "n_special", "predict_special_tokens", "gradient_checkpointing", "summary_type",
+        "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"})
+    f.take(key);
+}
+
 // The table of families: what config.json says of itself, and who reads it.
 struct Family {
   const char *model_type, *architecture;
   void (*read)(Fields&, ModelDescription&);
 };
-constexpr Family families[] = {{"llama", "LlamaForCausalLM", read_llama}};
+constexpr Family families[] = {{"llama", "LlamaForCausalLM", read_llama}, {"gpt2", "GPT2LMHeadModel", read_gpt2}};
 
 const Family& find_family(Fields& f) {
   const Json &architectures = f.take("architectures"), &type = f.take("model_type");

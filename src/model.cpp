@@ -4,17 +4,25 @@
 
 namespace orpo {
 
-AttentionShape Config::attention_shape() const {
-  return {heads, kv_heads, head_dim, static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim))), 0};
+AttentionShape Config::attention_shape(int layer) const {
+  double scale = scale_attention ? 1 / std::sqrt(static_cast<double>(head_dim)) : 1;
+  if (scale_attention_by_layer) scale /= layer + 1;
+  return {heads, kv_heads, head_dim, static_cast<float>(scale), 0};
 }
 
 RopeShape Config::rope_shape() const { return {heads, kv_heads, head_dim, head_dim, rope_theta}; }
 
-int64_t Config::matrix_weights() const { return layers * width * (qkv_width() + attention_width() + 3 * intermediate); }
+int64_t Config::matrix_weights() const {
+  return layers * width * (qkv_width() + attention_width() + gate_up_width() + intermediate);
+}
 
 int64_t Config::parameters() const {
-  const int64_t biases = (attention_bias ? qkv_width() + width : 0) + (mlp_bias ? 2 * intermediate + width : 0);
-  return matrix_weights() + head_weights() * (tied_embeddings ? 1 : 2) + layers * (2 * width + biases) + width;
+  const int64_t biases = (qkv_bias ? qkv_width() : 0) + (attention_output_bias ? width : 0) +
+                         (mlp_bias ? gate_up_width() + width : 0);
+  const int64_t norm_entries = norm == Norm::layer ? 2 * width : width;
+  const int64_t embeddings = head_weights() * (tied_embeddings ? 1 : 2) +
+                             (position == Position::learned ? max_positions * width : 0);
+  return matrix_weights() + embeddings + layers * (2 * norm_entries + biases) + norm_entries;
 }
 
 Weights Weights::allocate(const Config& c, DType dtype, Arena& arena) {
@@ -22,23 +30,28 @@ Weights Weights::allocate(const Config& c, DType dtype, Arena& arena) {
   const auto take = [&](const std::string& name, std::initializer_list<int64_t> shape) {
     return arena.allocate(name, dtype, shape);
   };
+  const bool norm_bias = c.norm == Norm::layer;
   w.embedding = take("embedding", {c.vocab, c.width});
+  if (c.position == Position::learned) w.positions = take("positions", {c.max_positions, c.width});
   for (int i = 0; i < c.layers; ++i) {
     const std::string layer = "layers." + std::to_string(i) + ".";
     LayerWeights l;
     l.attention_norm = take(layer + "attention_norm", {c.width});
+    if (norm_bias) l.attention_norm_bias = take(layer + "attention_norm_bias", {c.width});
     l.qkv = take(layer + "qkv", {c.qkv_width(), c.width});
-    if (c.attention_bias) l.qkv_bias = take(layer + "qkv_bias", {c.qkv_width()});
+    if (c.qkv_bias) l.qkv_bias = take(layer + "qkv_bias", {c.qkv_width()});
     l.attention_output = take(layer + "attention_output", {c.width, c.attention_width()});
-    if (c.attention_bias) l.attention_output_bias = take(layer + "attention_output_bias", {c.width});
+    if (c.attention_output_bias) l.attention_output_bias = take(layer + "attention_output_bias", {c.width});
     l.mlp_norm = take(layer + "mlp_norm", {c.width});
-    l.gate_up = take(layer + "gate_up", {2 * c.intermediate, c.width});
-    if (c.mlp_bias) l.gate_up_bias = take(layer + "gate_up_bias", {2 * c.intermediate});
+    if (norm_bias) l.mlp_norm_bias = take(layer + "mlp_norm_bias", {c.width});
+    l.gate_up = take(layer + "gate_up", {c.gate_up_width(), c.width});
+    if (c.mlp_bias) l.gate_up_bias = take(layer + "gate_up_bias", {c.gate_up_width()});
     l.down = take(layer + "down", {c.width, c.intermediate});
     if (c.mlp_bias) l.down_bias = take(layer + "down_bias", {c.width});
     w.layers.push_back(l);
   }
   w.final_norm = take("final_norm", {c.width});
+  if (norm_bias) w.final_norm_bias = take("final_norm_bias", {c.width});
   w.output = c.tied_embeddings ? w.embedding : take("output", {c.vocab, c.width});
   return w;
 }
@@ -49,21 +62,25 @@ std::vector<Parameter> parameters(const Config& c, const Weights& w) {
     if (tensor) list.push_back({name, tensor, layer, tensor.rank > 1});
   };
   add("embedding", w.embedding, -1);
+  add("positions", w.positions, -1);
   for (int i = 0; i < c.layers; ++i) {
     const std::string layer = "layers." + std::to_string(i) + ".";
     const LayerWeights& l = w.layers[i];
     add(layer + "attention_norm", l.attention_norm, i);
+    add(layer + "attention_norm_bias", l.attention_norm_bias, i);
     add(layer + "qkv", l.qkv, i);
     add(layer + "qkv_bias", l.qkv_bias, i);
     add(layer + "attention_output", l.attention_output, i);
     add(layer + "attention_output_bias", l.attention_output_bias, i);
     add(layer + "mlp_norm", l.mlp_norm, i);
+    add(layer + "mlp_norm_bias", l.mlp_norm_bias, i);
     add(layer + "gate_up", l.gate_up, i);
     add(layer + "gate_up_bias", l.gate_up_bias, i);
     add(layer + "down", l.down, i);
     add(layer + "down_bias", l.down_bias, i);
   }
   add("final_norm", w.final_norm, c.layers);
+  add("final_norm_bias", w.final_norm_bias, c.layers);
   if (!c.tied_embeddings) add("output", w.output, c.layers);
   return list;
 }
@@ -80,6 +97,7 @@ Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Ke
   Activations a;
   a.keep = keep;
   const DType sums = accumulation_dtype(dtype);
+  const auto mean = [&] { return c.norm == Norm::layer ? arena.allocate("norm statistics", sums, {rows}) : Tensor(); };
   for (int i = 0; i < c.layers; ++i) {
     const bool shares = i > 0 && keep != Keep::all;
     LayerActivations l = shares ? a.layers[0] : LayerActivations{};
@@ -88,16 +106,19 @@ Activations Activations::allocate(const Config& c, DType dtype, int64_t rows, Ke
       a.layers.push_back(l);
       continue;
     }
+    l.input_mean = mean();
     l.input_rstd = arena.allocate("norm statistics", sums, {rows});
     l.qkv = arena.allocate("query, key, value", dtype, {rows, c.qkv_width()});
     l.attention = arena.allocate("attention", dtype, {rows, c.attention_width()});
     l.lse = arena.allocate("attention statistics", sums, {c.heads, rows});
     l.middle = arena.allocate("layer middle", dtype, {rows, c.width});
+    l.middle_mean = mean();
     l.middle_rstd = arena.allocate("norm statistics", sums, {rows});
-    l.gate_up = arena.allocate("gate, up", dtype, {rows, 2 * c.intermediate});
+    l.gate_up = arena.allocate("gate, up", dtype, {rows, c.gate_up_width()});
     a.layers.push_back(l);
   }
   a.final = arena.allocate("final residual", dtype, {rows, c.width});
+  a.final_mean = mean();
   a.final_rstd = arena.allocate("norm statistics", sums, {rows});
   a.hidden = arena.allocate("hidden", dtype, {rows, c.width});
   return a;
@@ -134,15 +155,16 @@ struct LayerForward {
         computed(scratch.allocate("branch", dtype, {of.tokens.elements(), c.width})) {}
 
   // Steps 2 to 8, which leave all that the layer's backward pass reads. residual + branch: the stream that enters.
-  void run(const LayerWeights& lw, const LayerActivations& la, const Tensor& residual, const Tensor& branch,
+  void run(int index, const LayerWeights& lw, const LayerActivations& la, const Tensor& residual, const Tensor& branch,
            const CachedRows* cached, const KeyValueCache::Layer& kept) const {
-    const AttentionShape attention = c.attention_shape();
+    const AttentionShape attention = c.attention_shape(index);
     // 2. Add the block before, normalise.
-    backend.norm_forward(normed, la.input, la.input_rstd, residual, branch, lw.attention_norm, c.norm_epsilon);
+    backend.norm_forward(normed, la.input, la.input_mean, la.input_rstd, residual, branch, lw.attention_norm,
+                         lw.attention_norm_bias, c.norm_epsilon);
     // 3. Queries, keys and values of all heads in one product.
     backend.linear_forward(la.qkv, normed, lw.qkv, lw.qkv_bias);
-    // 4. Positions rotate queries and keys.
-    backend.rope_forward(la.qkv, batch.positions, c.rope_shape());
+    // 4. Positions rotate queries and keys, unless they are learned.
+    if (c.position == Position::rotary) backend.rope_forward(la.qkv, batch.positions, c.rope_shape());
     // 5. Each row looks back over its own sequence; in decoding over what the cache keeps of it.
     if (cached)
       backend.keep_keys_values(kept.keys, kept.values, la.qkv, cached->sequences, batch.positions, attention);
@@ -154,8 +176,9 @@ struct LayerForward {
     // 6. Heads are mixed.
     backend.linear_forward(computed, la.attention, lw.attention_output, lw.attention_output_bias);
     // 7. Add, normalise.
-    backend.norm_forward(normed, la.middle, la.middle_rstd, la.input, computed, lw.mlp_norm, c.norm_epsilon);
-    // 8. Gate and up in one product.
+    backend.norm_forward(normed, la.middle, la.middle_mean, la.middle_rstd, la.input, computed, lw.mlp_norm,
+                         lw.mlp_norm_bias, c.norm_epsilon);
+    // 8. Gate and up in one product, or up alone.
     backend.linear_forward(la.gate_up, normed, lw.gate_up, lw.gate_up_bias);
   }
 };
@@ -170,9 +193,9 @@ void forward(const Config& c, const Weights& w, const Activations& a, const Devi
   const Tensor activated = scratch.allocate("activation", dtype, {a.hidden.rows(), c.intermediate});
 
   backend.begin(-1, Pass::forward);
-  // 1. Tokens become vectors: the residual stream starts.
+  // 1. Tokens become vectors, learned positions are added: the residual stream starts.
   Tensor residual = c.layers > 0 ? a.layers[0].input : a.final;
-  backend.embedding_forward(residual, w.embedding, batch.tokens);
+  backend.embedding_forward(residual, w.embedding, batch.tokens, w.positions, batch.positions);
   backend.end(-1, Pass::forward);
 
   Tensor branch;  // none before the first layer
@@ -181,9 +204,9 @@ void forward(const Config& c, const Weights& w, const Activations& a, const Devi
     const LayerActivations& la = a.layers[i];
     backend.begin(i, Pass::forward);
     // 2. to 8.
-    layer.run(lw, la, residual, branch, cached, cached ? cached->cache.layers[i] : KeyValueCache::Layer{});
-    // 9. silu(gate) * up.
-    backend.activation_forward(activated, la.gate_up);
+    layer.run(i, lw, la, residual, branch, cached, cached ? cached->cache.layers[i] : KeyValueCache::Layer{});
+    // 9. silu(gate) * up, or a function of up.
+    backend.activation_forward(activated, la.gate_up, c.activation);
     // 10. Back down to the stream's width.
     backend.linear_forward(layer.computed, activated, lw.down, lw.down_bias);
     backend.end(i, Pass::forward);
@@ -193,7 +216,8 @@ void forward(const Config& c, const Weights& w, const Activations& a, const Devi
 
   backend.begin(c.layers, Pass::forward);
   // 11. Add, normalise: what the head reads.
-  backend.norm_forward(a.hidden, a.final, a.final_rstd, residual, branch, w.final_norm, c.norm_epsilon);
+  backend.norm_forward(a.hidden, a.final, a.final_mean, a.final_rstd, residual, branch, w.final_norm, w.final_norm_bias,
+                       c.norm_epsilon);
   backend.end(c.layers, Pass::forward);
 }
 
@@ -201,7 +225,6 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
               const DeviceBatch& batch, Backend& backend, Arena& scratch) {
   const Arena::Scope scope(scratch);
   const RopeShape rope = c.rope_shape();
-  const AttentionShape attention = c.attention_shape();
   const DType dtype = dhidden.dtype;
   const int64_t rows = dhidden.rows();
   // The residual stream's gradient: every block adds its share on the way back.
@@ -210,7 +233,8 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
   backend.begin(c.layers, Pass::backward);
   // 11.
   backend.zero(dresidual);
-  backend.norm_backward(dresidual, g.final_norm, {}, dhidden, a.final, a.final_rstd, w.final_norm);
+  backend.norm_backward(dresidual, g.final_norm, g.final_norm_bias, {}, dhidden, a.final, a.final_mean, a.final_rstd,
+                        w.final_norm, w.final_norm_bias);
   backend.end(c.layers, Pass::backward);
 
   // A norm or an activation makes its output again over its output's gradient, and the weights that read it get their
@@ -223,7 +247,7 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
     // Its input is kept: 2. to 8. once more. The last layer's are still there.
     if (a.keep == Keep::inputs && i + 1 < c.layers) {
       const Arena::Scope again(scratch);
-      LayerForward(c, dtype, batch, backend, scratch).run(lw, la, la.input, {}, nullptr, {});
+      LayerForward(c, dtype, batch, backend, scratch).run(i, lw, la, la.input, {}, nullptr, {});
     }
     {
       const Arena::Scope block(scratch);
@@ -232,13 +256,14 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
       // 10, the input. An addition hands its gradient to both sides: dresidual is the branch's gradient as well.
       backend.linear_backward(dactivated, {}, {}, dresidual, {}, lw.down);
       // 9.
-      backend.activation_backward(dgate_up, activated, dactivated, la.gate_up);
+      backend.activation_backward(dgate_up, activated, dactivated, la.gate_up, c.activation);
       // 10, the weight.
       backend.linear_backward({}, lg.down, lg.down_bias, dresidual, activated, lw.down);
       // 8, the input.
       backend.linear_backward(dnormed, {}, {}, dgate_up, {}, lw.gate_up);
       // 7.
-      backend.norm_backward(dresidual, lg.mlp_norm, normed, dnormed, la.middle, la.middle_rstd, lw.mlp_norm);
+      backend.norm_backward(dresidual, lg.mlp_norm, lg.mlp_norm_bias, normed, dnormed, la.middle, la.middle_mean,
+                            la.middle_rstd, lw.mlp_norm, lw.mlp_norm_bias);
       // 8, the weight.
       backend.linear_backward({}, lg.gate_up, lg.gate_up_bias, dgate_up, normed, lw.gate_up);
     }
@@ -250,22 +275,27 @@ void backward(const Config& c, const Weights& w, const Weights& g, const Activat
       backend.linear_backward(dattention, lg.attention_output, lg.attention_output_bias, dresidual, la.attention,
                               lw.attention_output);
       // 5.
-      backend.attention_backward(dqkv, dattention, la.attention, la.lse, la.qkv, batch, attention);
+      backend.attention_backward(dqkv, dattention, la.attention, la.lse, la.qkv, batch, c.attention_shape(i));
       // 4.
-      backend.rope_backward(dqkv, batch.positions, rope);
+      if (c.position == Position::rotary) backend.rope_backward(dqkv, batch.positions, rope);
       // 3, the input.
       backend.linear_backward(dnormed, {}, {}, dqkv, {}, lw.qkv);
       // 2.
-      backend.norm_backward(dresidual, lg.attention_norm, normed, dnormed, la.input, la.input_rstd, lw.attention_norm);
+      backend.norm_backward(dresidual, lg.attention_norm, lg.attention_norm_bias, normed, dnormed, la.input,
+                            la.input_mean, la.input_rstd, lw.attention_norm, lw.attention_norm_bias);
       // 3, the weight.
       backend.linear_backward({}, lg.qkv, lg.qkv_bias, dqkv, normed, lw.qkv);
+      // What is added to every key alike cancels in the softmax, unless a rotation turns it: this gradient is zero, and
+      // Adam would make whole steps of its rounding.
+      if (lg.qkv_bias && c.position != Position::rotary)
+        backend.zero(lg.qkv_bias.slice(c.attention_width(), int64_t{c.kv_heads} * c.head_dim));
     }
     backend.end(i, Pass::backward);
   }
 
   backend.begin(-1, Pass::backward);
   // 1.
-  backend.embedding_backward(g.embedding, dresidual, batch.tokens, c.padding_token);
+  backend.embedding_backward(g.embedding, g.positions, dresidual, batch.tokens, batch.positions, c.padding_token);
   backend.end(-1, Pass::backward);
 }
 

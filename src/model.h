@@ -15,6 +15,9 @@
 
 namespace orpo {
 
+enum class Norm { rms, layer };           // norm's formula with and without the mean; a layer norm has biases
+enum class Position { rotary, learned };  // queries and keys are rotated, or a learned vector is added to each token's
+
 // Names are the field's; family.h reads them from a Hugging Face config.json.
 struct Config {
   std::string family;         // "llama"
@@ -26,17 +29,25 @@ struct Config {
   int kv_heads = 0;           // num_key_value_heads
   int head_dim = 0;           // head_dim, or width / heads
   int64_t max_positions = 0;  // max_position_embeddings
-  double norm_epsilon = 1e-6;  // rms_norm_eps
+  Norm norm = Norm::rms;
+  double norm_epsilon = 1e-6;  // rms_norm_eps, layer_norm_epsilon
+  Position position = Position::rotary;
   double rope_theta = 10000;
+  Activation activation = Activation::swiglu;
   double initializer_range = 0.02;
+  bool scaled_residual_init = false;  // the matrices that write to the residual stream start smaller by sqrt(2 layers)
   int64_t padding_token = -1;  // pad_token_id: its input embedding gets no gradient (torch's padding_idx); -1: none
   bool tied_embeddings = false;
-  bool attention_bias = false;  // on query, key, value and attention output
-  bool mlp_bias = false;        // on gate, up and down
+  bool qkv_bias = false;  // on query, key and value
+  bool attention_output_bias = false;
+  bool mlp_bias = false;                  // on gate, up and down
+  bool scale_attention = true;            // scores by 1 / sqrt(head_dim)
+  bool scale_attention_by_layer = false;  // and by 1 / (layer + 1)
 
   int64_t qkv_width() const { return static_cast<int64_t>(heads + 2 * kv_heads) * head_dim; }
   int64_t attention_width() const { return static_cast<int64_t>(heads) * head_dim; }
-  AttentionShape attention_shape() const;
+  int64_t gate_up_width() const { return is_gated(activation) ? 2 * intermediate : intermediate; }
+  AttentionShape attention_shape(int layer) const;
   RopeShape rope_shape() const;
   // Entries of the weight matrices that a row is multiplied with, in all layers together and in the head: what useful
   // FLOPs count (metrics.h).
@@ -48,13 +59,15 @@ struct Config {
 // Matrices are [out, in] as in Hugging Face checkpoints; fused ones hold their parts one after the other along out.
 struct LayerWeights {
   Tensor attention_norm;         // [width]
+  Tensor attention_norm_bias;    // [width] or absent
   Tensor qkv;                    // [(heads + 2 kv_heads) * head_dim, width]: query heads, key heads, value heads
   Tensor qkv_bias;               // [(heads + 2 kv_heads) * head_dim] or absent
   Tensor attention_output;       // [width, heads * head_dim]
   Tensor attention_output_bias;  // [width] or absent
   Tensor mlp_norm;               // [width]
-  Tensor gate_up;                // [2 * intermediate, width]: gate, then up
-  Tensor gate_up_bias;           // [2 * intermediate] or absent
+  Tensor mlp_norm_bias;          // [width] or absent
+  Tensor gate_up;                // [2 * intermediate, width]: gate, then up; [intermediate, width] without a gate
+  Tensor gate_up_bias;           // [2 * intermediate] or [intermediate], or absent
   Tensor down;                   // [width, intermediate]
   Tensor down_bias;              // [width] or absent
 };
@@ -62,9 +75,11 @@ struct LayerWeights {
 // The weights, and in the same form their gradients, master copies and moments.
 struct Weights {
   Tensor embedding;  // [vocab, width]
+  Tensor positions;  // [max_positions, width] where positions are learned, or absent
   std::vector<LayerWeights> layers;
-  Tensor final_norm;  // [width]
-  Tensor output;      // [vocab, width]; the embedding itself where the family ties them
+  Tensor final_norm;       // [width]
+  Tensor final_norm_bias;  // [width] or absent
+  Tensor output;           // [vocab, width]; the embedding itself where the family ties them
 
   // Takes every tensor from the arena, all of one dtype, in the order of parameters().
   static Weights allocate(const Config& config, DType dtype, Arena& arena);
@@ -84,7 +99,7 @@ struct Masters {
 struct Parameter {
   std::string name;  // "layers.3.qkv"
   Tensor tensor;
-  int layer;    // -1: embedding; config.layers: final norm and output
+  int layer;    // -1: embeddings; config.layers: final norm and output
   bool decays;  // weight decay applies: matrices yes, norms and biases no
   Tensor correction{};  // of a master; absent: the tensor is the master
 
@@ -97,13 +112,15 @@ std::vector<Parameter> parameters(const Config& config, const Masters& masters);
 // What the norms and the activation wrote is not kept: their backward makes it again.
 struct LayerActivations {
   Tensor input;        // [rows, width] residual stream entering the layer
+  Tensor input_mean;   // [rows] A, layer norm only
   Tensor input_rstd;   // [rows] A
-  Tensor qkv;          // [rows, (heads + 2 kv_heads) * head_dim] rotated
+  Tensor qkv;          // [rows, (heads + 2 kv_heads) * head_dim] rotated where positions are rotary
   Tensor attention;    // [rows, heads * head_dim]
   Tensor lse;          // [heads, rows] A
   Tensor middle;       // [rows, width] residual stream after attention
+  Tensor middle_mean;  // [rows] A, layer norm only
   Tensor middle_rstd;  // [rows] A
-  Tensor gate_up;      // [rows, 2 * intermediate]
+  Tensor gate_up;      // [rows, 2 * intermediate], or [rows, intermediate] without a gate
 };
 
 // What is kept of each layer.
@@ -117,6 +134,7 @@ struct Activations {
   Keep keep;
   std::vector<LayerActivations> layers;
   Tensor final;       // [rows, width] residual stream after the last layer
+  Tensor final_mean;  // [rows] A, layer norm only
   Tensor final_rstd;  // [rows] A
   Tensor hidden;      // [rows, width] final norm's output: what the head reads
 

@@ -24,10 +24,10 @@ std::string and_more(size_t others, const char* what) {
 
 // A folder may store the output matrix although it is tied to the embedding: the same values, or the file contradicts
 // the config.
-void check_tied_output(const StoredTensor& output, const StoredTensor& embedding, std::string_view embedding_name) {
+void check_tied_output(const StoredTensor& output, const StoredTensor& embedding) {
   if (output.shape != embedding.shape || output.dtype_text != embedding.dtype_text ||
       !std::ranges::equal(output.data, embedding.data))
-    fail(output.file.string(), ": '", output.name, "' differs from '", embedding_name,
+    fail(output.file.string(), ": '", output.name, "' differs from '", embedding.name,
          "', but config.json says that they are one (tie_word_embeddings true); set it to false to train both");
 }
 
@@ -37,15 +37,15 @@ void check_tensors(const StoredWeights& stored, const std::vector<TensorPlace>& 
   std::vector<const TensorPlace*> missing;
   std::set<std::string_view> known;
   for (const TensorPlace& place : places) {
-    known.insert(place.name);
-    const StoredTensor* tensor = stored.find(place.name);
+    const StoredTensor* tensor = find_place(stored, place);
+    if (tensor) known.insert(tensor->name);
     if (!tensor)
       missing.push_back(&place);
     else if (tensor->shape != place.shape)
-      fail(tensor->file.string(), ": tensor '", place.name, "' has shape ", shape_text(tensor->shape),
+      fail(tensor->file.string(), ": tensor '", tensor->name, "' has shape ", shape_text(tensor->shape),
            "; config.json asks for ", shape_text(place.shape));
     else if (!tensor->dtype)
-      fail(tensor->file.string(), ": tensor '", place.name, "' is stored as ", tensor->dtype_text,
+      fail(tensor->file.string(), ": tensor '", tensor->name, "' is stored as ", tensor->dtype_text,
            "; F32, BF16 and F16 can be read");
   }
   if (!missing.empty())
@@ -57,7 +57,7 @@ void check_tensors(const StoredWeights& stored, const std::vector<TensorPlace>& 
   for (const StoredTensor& t : stored.tensors()) {
     if (known.contains(t.name) || is_derived_tensor(config, t.name)) continue;
     if (config.tied_embeddings && t.name == tied_output_name(config))
-      check_tied_output(t, *stored.find(tied_embedding_name(config)), tied_embedding_name(config));
+      check_tied_output(t, *find_place(stored, places[0]));
     else
       unexpected.push_back(&t);
   }
@@ -89,8 +89,8 @@ std::vector<FilePart> write_places(const fs::path& file, const std::vector<Tenso
   for (const TensorPlace& place : places) entries.push_back({place.name, dtype, place.shape});
   SafetensorsWriter writer(file, entries);
   for (const TensorPlace& place : places)
-    write_values(writer, list[place.parameter].master().slice(place.first_row, place.shape[0]), dtype, place.name,
-                 backend);
+    write_values(writer, list[place.parameter].master().slice(place.first_row, place.rows), place.transposed, dtype,
+                 place.name, backend);
   writer.finish();
   return writer.parts();
 }
@@ -119,10 +119,10 @@ StoredDType load_weights(const fs::path& folder, const Config& config, const Mas
   const std::vector<TensorPlace> places = tensor_places(config);
   check_tensors(stored, places, config, folder);
   const std::vector<Parameter> list = parameters(config, masters);
-  StoredDType dtype = *stored.find(places[0].name)->dtype;
+  StoredDType dtype = *find_place(stored, places[0])->dtype;
   for (const TensorPlace& place : places) {
-    const StoredTensor& tensor = *stored.find(place.name);
-    read_values(list[place.parameter].master().slice(place.first_row, place.shape[0]), tensor, backend);
+    const StoredTensor& tensor = *find_place(stored, place);
+    read_values(list[place.parameter].master().slice(place.first_row, place.rows), tensor, place.transposed, backend);
     dtype = widest(dtype, *tensor.dtype);
   }
   backend.synchronize();
@@ -135,8 +135,8 @@ StoredDType stored_dtype(const fs::path& folder, const ModelDescription& descrip
   const StoredWeights stored = StoredWeights::of_folder(folder);
   const std::vector<TensorPlace> places = tensor_places(description.config);
   check_tensors(stored, places, description.config, folder);
-  StoredDType dtype = *stored.find(places[0].name)->dtype;
-  for (const TensorPlace& place : places) dtype = widest(dtype, *stored.find(place.name)->dtype);
+  StoredDType dtype = *find_place(stored, places[0])->dtype;
+  for (const TensorPlace& place : places) dtype = widest(dtype, *find_place(stored, place)->dtype);
   return dtype;
 }
 

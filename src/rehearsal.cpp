@@ -16,11 +16,14 @@ struct RehearsalBackend final : Backend {
   void zero(const Tensor&) override {}
   void synchronize() override {}
 
-  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
-    shapes::embedding("embedding_forward", out, weight, out.dtype, tokens);
+  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
+                         const Tensor& positions) override {
+    shapes::embedding("embedding_forward", out, weight, position_weight, out.dtype, tokens, positions);
   }
-  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t) override {
-    shapes::embedding("embedding_backward", dout, dweight, accumulation_dtype(dout.dtype), tokens);
+  void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
+                          const Tensor& tokens, const Tensor& positions, int64_t) override {
+    shapes::embedding("embedding_backward", dout, dweight, dposition_weight, accumulation_dtype(dout.dtype), tokens,
+                      positions);
   }
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
     shapes::linear_forward(out, in, weight, bias);
@@ -29,13 +32,15 @@ struct RehearsalBackend final : Backend {
                        const Tensor& in, const Tensor& weight) override {
     shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   }
-  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                    const Tensor& branch, const Tensor& weight, double epsilon) override {
-    shapes::norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                    const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                    double epsilon) override {
+    shapes::norm_forward(out, sum, mean, rstd, residual, branch, weight, bias, epsilon);
   }
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                     const Tensor& sum, const Tensor& rstd, const Tensor& weight) override {
-    shapes::norm_backward(dsum, dweight, out, dout, sum, rstd, weight);
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                     const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                     const Tensor& weight, const Tensor& bias) override {
+    shapes::norm_backward(dsum, dweight, dbias, out, dout, sum, mean, rstd, weight, bias);
   }
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
     shapes::rope("rope_forward", qkv, positions, shape);
@@ -59,12 +64,12 @@ struct RehearsalBackend final : Backend {
                         const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) override {
     shapes::attention_decode(out, qkv, keys, values, sequences, positions, shape);
   }
-  void activation_forward(const Tensor& out, const Tensor& gate_up) override {
-    shapes::activation_forward(out, gate_up);
+  void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation) override {
+    shapes::activation_forward(out, gate_up, activation);
   }
-  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
-                           const Tensor& gate_up) override {
-    shapes::activation_backward(dgate_up, out, dout, gate_up);
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
+                           Activation activation) override {
+    shapes::activation_backward(dgate_up, out, dout, gate_up, activation);
   }
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {
     shapes::row_list("gather", out, in, target_rows);

@@ -264,7 +264,7 @@ struct Part {
 };
 std::vector<Part> llama_parts(const Config& c, std::string_view ours) {
   const int64_t q = c.attention_width(), kv = static_cast<int64_t>(c.kv_heads) * c.head_dim, n = c.intermediate;
-  if (ours == "embedding") return {{"model.embed_tokens.weight", c.vocab}};
+  if (ours == "embedding") return {{"embed_tokens.weight", c.vocab}};
   if (ours == "attention_norm") return {{"input_layernorm.weight", c.width}};
   if (ours == "qkv")
     return {{"self_attn.q_proj.weight", q}, {"self_attn.k_proj.weight", kv}, {"self_attn.v_proj.weight", kv}};
@@ -277,36 +277,88 @@ std::vector<Part> llama_parts(const Config& c, std::string_view ours) {
   if (ours == "gate_up_bias") return {{"mlp.gate_proj.bias", n}, {"mlp.up_proj.bias", n}};
   if (ours == "down") return {{"mlp.down_proj.weight", c.width}};
   if (ours == "down_bias") return {{"mlp.down_proj.bias", c.width}};
-  if (ours == "final_norm") return {{"model.norm.weight", c.width}};
-  if (ours == "output") return {{"lm_head.weight", c.vocab}};
-  fail_machine("no Hugging Face name is known for the parameter ", ours);
+  if (ours == "final_norm") return {{"norm.weight", c.width}};
+  return {};
 }
+std::vector<Part> gpt2_parts(const Config& c, std::string_view ours) {
+  if (ours == "embedding") return {{"wte.weight", c.vocab}};
+  if (ours == "positions") return {{"wpe.weight", c.max_positions}};
+  if (ours == "attention_norm") return {{"ln_1.weight", c.width}};
+  if (ours == "attention_norm_bias") return {{"ln_1.bias", c.width}};
+  if (ours == "qkv") return {{"attn.c_attn.weight", c.qkv_width()}};
+  if (ours == "qkv_bias") return {{"attn.c_attn.bias", c.qkv_width()}};
+  if (ours == "attention_output") return {{"attn.c_proj.weight", c.width}};
+  if (ours == "attention_output_bias") return {{"attn.c_proj.bias", c.width}};
+  if (ours == "mlp_norm") return {{"ln_2.weight", c.width}};
+  if (ours == "mlp_norm_bias") return {{"ln_2.bias", c.width}};
+  if (ours == "gate_up") return {{"mlp.c_fc.weight", c.intermediate}};
+  if (ours == "gate_up_bias") return {{"mlp.c_fc.bias", c.intermediate}};
+  if (ours == "down") return {{"mlp.c_proj.weight", c.width}};
+  if (ours == "down_bias") return {{"mlp.c_proj.bias", c.width}};
+  if (ours == "final_norm") return {{"ln_f.weight", c.width}};
+  if (ours == "final_norm_bias") return {{"ln_f.bias", c.width}};
+  return {};
+}
+
+// How a family's checkpoints name things.
+struct Naming {
+  const char *family, *decoder, *layers;  // prefixes of everything but the output matrix, and then of a layer's number
+  std::vector<Part> (*parts)(const Config& config, std::string_view ours);
+  bool transposed;                        // matrices within layers are [in, out]
+  std::vector<std::string_view> derived;  // endings of buffers that older folders hold
+};
+const Naming& naming(const Config& config) {
+  static const Naming all[] = {{"llama", "model.", "layers.", llama_parts, false, {"rotary_emb.inv_freq"}},
+                               {"gpt2", "transformer.", "h.", gpt2_parts, true, {".attn.bias", ".attn.masked_bias"}}};
+  for (const Naming& n : all)
+    if (config.family == n.family) return n;
+  fail_machine("no Hugging Face names are known for the family ", config.family);
+}
+constexpr std::string_view output_name = "lm_head.weight";
 
 }  // namespace
 
 std::vector<TensorPlace> tensor_places(const Config& config) {
+  const Naming& family = naming(config);
+  const std::string decoder = family.decoder;
   Arena shapes = Arena::counting("shapes");
   const Weights weights = Weights::allocate(config, DType::f32, shapes);
   const std::vector<Parameter> list = parameters(config, weights);
   std::vector<TensorPlace> places;
   for (size_t i = 0; i < list.size(); ++i) {
-    const bool in_layer = list[i].layer >= 0 && list[i].layer < config.layers;
-    const std::string prefix = in_layer ? "layers." + std::to_string(list[i].layer) + "." : "";
+    const std::string& ours = list[i].name;
+    const Tensor& tensor = list[i].tensor;
+    const int layer = list[i].layer;
+    if (ours == "output") {
+      places.push_back({std::string(output_name), i, 0, config.vocab, {config.vocab, config.width}, false, 0});
+      continue;
+    }
+    const bool in_layer = layer >= 0 && layer < config.layers,
+               turned = in_layer && tensor.rank == 2 && family.transposed;
+    const std::string prefix = in_layer ? decoder + family.layers + std::to_string(layer) + "." : decoder;
+    const std::string_view name = std::string_view(ours).substr(in_layer ? ours.find('.', ours.find('.') + 1) + 1 : 0);
     int64_t row = 0;
-    for (const Part& part : llama_parts(config, std::string_view(list[i].name).substr(prefix.size()))) {
+    for (const Part& part : family.parts(config, name)) {
       std::vector<int64_t> shape = {part.rows};
-      if (list[i].tensor.rank == 2) shape.push_back(list[i].tensor.columns());
-      places.push_back({(in_layer ? "model." + prefix : "") + std::string(part.name), i, row, shape});
+      if (tensor.rank == 2) shape.insert(turned ? shape.begin() : shape.end(), tensor.columns());
+      places.push_back({prefix + std::string(part.name), i, row, part.rows, shape, turned, decoder.size()});
       row += part.rows;
     }
-    REQUIRE_SHAPE("tensor_places", row == list[i].tensor.shape[0], list[i].name, " has ", list[i].tensor.shape[0],
-                  " rows");
+    REQUIRE_SHAPE("tensor_places", row == tensor.shape[0], "names for the ", tensor.shape[0], " rows of ", ours,
+                  "; there are names for ", row);
   }
   return places;
 }
 
-bool is_derived_tensor(const Config&, std::string_view name) { return name.ends_with("rotary_emb.inv_freq"); }
-std::string_view tied_output_name(const Config&) { return "lm_head.weight"; }
-std::string_view tied_embedding_name(const Config&) { return "model.embed_tokens.weight"; }
+const StoredTensor* find_place(const StoredWeights& stored, const TensorPlace& place) {
+  const StoredTensor* tensor = stored.find(place.name);
+  return tensor ? tensor : stored.find(std::string_view(place.name).substr(place.base));
+}
+
+bool is_derived_tensor(const Config& config, std::string_view name) {
+  const Naming& family = naming(config);
+  return std::any_of(family.derived.begin(), family.derived.end(), [&](auto end) { return name.ends_with(end); });
+}
+std::string_view tied_output_name(const Config&) { return output_name; }
 
 }  // namespace orpo

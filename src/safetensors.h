@@ -87,16 +87,19 @@ class SafetensorsWriter {
 struct TensorPlace {
   std::string name;            // "model.layers.3.self_attn.k_proj.weight"
   size_t parameter;            // index in parameters(config, weights)
-  int64_t first_row;           // along out: our qkv holds query, key and value heads, gate_up holds gate and up
-  std::vector<int64_t> shape;  // [rows] or [rows, in]
+  int64_t first_row, rows;     // along out: our qkv holds query, key and value heads, gate_up holds gate and up
+  std::vector<int64_t> shape;  // as stored: [rows], [rows, in], or [in, rows] where it is transposed
+  bool transposed;             // GPT-2's Conv1D
+  size_t base;                 // length of the decoder's own prefix ("model."), which a folder may leave out
 };
+// In the order of parameters(): the embedding first.
 std::vector<TensorPlace> tensor_places(const Config& config);
+// The tensor of this place, by its name or by its name without the decoder's prefix; nullptr: absent.
+const StoredTensor* find_place(const StoredWeights& stored, const TensorPlace& place);
 // Tensors that a folder may hold although the model has no place for them: buffers that follow from the config. A tied
 // output is checked by the loader.
 bool is_derived_tensor(const Config& config, std::string_view name);
-// The name of the output matrix in folders that store it although it is tied to the embedding, and the name of that
-// embedding.
+// The name of the output matrix in folders that store it although it is tied to the embedding.
 std::string_view tied_output_name(const Config& config);
-std::string_view tied_embedding_name(const Config& config);
 
 }  // namespace orpo

@@ -27,12 +27,15 @@ inline void pitched(const char* op, const char* what, const Tensor& x) {
   REQUIRE_SHAPE(op, x.pitch() >= x.columns(), what, " has rows ", x.pitch(), " apart, ", x.columns(), " wide");
 }
 
-inline void embedding(const char* op, const Tensor& rows, const Tensor& table, DType table_dtype,
-                      const Tensor& tokens) {
+inline void embedding(const char* op, const Tensor& rows, const Tensor& table, const Tensor& position_table,
+                      DType table_dtype, const Tensor& tokens, const Tensor& positions) {
   activation_dtype(op, rows);
   REQUIRE_SHAPE(op, table.rank == 2, "the table is ", shape_text(table));
   matrix(op, "table", table, table_dtype, table.rows(), rows.columns());
   vector(op, "tokens", tokens, DType::i32, rows.rows());
+  if (!position_table) return;
+  matrix(op, "position table", position_table, table_dtype, position_table.rows(), rows.columns());
+  vector(op, "positions", positions, DType::i32, rows.rows());
 }
 
 inline void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) {
@@ -69,8 +72,9 @@ inline void linear_backward(const Tensor& din, const Tensor& dweight, const Tens
   if (dbias) vector(op, "bias gradient", dbias, sums, weight.rows());
 }
 
-inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                         const Tensor& branch, const Tensor& weight, double epsilon) {
+inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                         const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                         double epsilon) {
   const char* op = "norm_forward";
   activation_dtype(op, residual);
   const int64_t rows = residual.rows(), width = residual.columns();
@@ -79,12 +83,15 @@ inline void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rst
   matrix(op, "output", out, residual.dtype, rows, width);
   matrix(op, "sum", sum, residual.dtype, rows, width);
   if (branch) matrix(op, "branch", branch, residual.dtype, rows, width);
+  if (mean) vector(op, "mean", mean, accumulation_dtype(residual.dtype), rows);
   vector(op, "rstd", rstd, accumulation_dtype(residual.dtype), rows);
   vector(op, "weight", weight, residual.dtype, width);
+  if (bias) vector(op, "bias", bias, residual.dtype, width);
 }
 
-inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                          const Tensor& sum, const Tensor& rstd, const Tensor& weight) {
+inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                          const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                          const Tensor& weight, const Tensor& bias) {
   const char* op = "norm_backward";
   activation_dtype(op, sum);
   const int64_t rows = sum.rows(), width = sum.columns();
@@ -93,6 +100,11 @@ inline void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tenso
   if (out) matrix(op, "output", out, sum.dtype, rows, width);
   matrix(op, "output gradient", dout, sum.dtype, rows, width);
   vector(op, "weight gradient", dweight, accumulation_dtype(sum.dtype), width);
+  REQUIRE_SHAPE(op, static_cast<bool>(dbias) == static_cast<bool>(bias), "bias is ", shape_text(bias),
+                ", its gradient ", shape_text(dbias));
+  if (bias) vector(op, "bias", bias, sum.dtype, width);
+  if (dbias) vector(op, "bias gradient", dbias, accumulation_dtype(sum.dtype), width);
+  if (mean) vector(op, "mean", mean, accumulation_dtype(sum.dtype), rows);
   vector(op, "rstd", rstd, accumulation_dtype(sum.dtype), rows);
   vector(op, "weight", weight, sum.dtype, width);
 }
@@ -158,19 +170,24 @@ inline void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor&
   matrix("attention_decode", "output", out, qkv.dtype, qkv.rows(), int64_t{shape.heads} * shape.head_dim);
 }
 
-inline void activation_forward(const Tensor& out, const Tensor& gate_up) {
-  const char* op = "activation_forward";
+// What the activation is given and gives: twice as wide with a gate.
+inline void activation(const char* op, const char* what, const Tensor& out, const Tensor& gate_up,
+                       Activation activation) {
   activation_dtype(op, gate_up);
-  REQUIRE_SHAPE(op, gate_up.rank == 2 && gate_up.columns() % 2 == 0, "gate_up is ", shape_text(gate_up));
-  matrix(op, "output", out, gate_up.dtype, gate_up.rows(), gate_up.columns() / 2);
+  const int64_t parts = is_gated(activation) ? 2 : 1;
+  REQUIRE_SHAPE(op, gate_up.rank == 2 && gate_up.columns() % parts == 0, "gate_up is ", shape_text(gate_up));
+  matrix(op, what, out, gate_up.dtype, gate_up.rows(), gate_up.columns() / parts);
 }
 
-inline void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up) {
+inline void activation_forward(const Tensor& out, const Tensor& gate_up, Activation kind) {
+  activation("activation_forward", "output", out, gate_up, kind);
+}
+
+inline void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
+                                Activation kind) {
   const char* op = "activation_backward";
-  activation_dtype(op, gate_up);
-  REQUIRE_SHAPE(op, gate_up.rank == 2 && gate_up.columns() % 2 == 0, "gate_up is ", shape_text(gate_up));
-  if (out) matrix(op, "output", out, gate_up.dtype, gate_up.rows(), gate_up.columns() / 2);
-  matrix(op, "output gradient", dout, gate_up.dtype, gate_up.rows(), gate_up.columns() / 2);
+  activation(op, "output gradient", dout, gate_up, kind);
+  if (out) activation(op, "output", out, gate_up, kind);
   matrix(op, "gate_up gradient", dgate_up, gate_up.dtype, gate_up.rows(), gate_up.columns());
 }
 

@@ -51,6 +51,20 @@ bool same(DType device, StoredDType stored) {
   return (device == DType::f32 && stored == StoredDType::f32) || (device == DType::bf16 && stored == StoredDType::bf16);
 }
 
+// The transpose of a matrix of elements of `size` bytes, in tiles that stay in the cache.
+std::vector<std::byte> transpose(const std::byte* matrix, int64_t rows, int64_t columns, int64_t size) {
+  constexpr int64_t tile = 32;
+  std::vector<std::byte> turned(static_cast<size_t>(rows * columns * size));
+#pragma omp parallel for schedule(static)
+  for (int64_t top = 0; top < rows; top += tile)
+    for (int64_t left = 0; left < columns; left += tile)
+      for (int64_t j = left; j < std::min(columns, left + tile); ++j)
+        for (int64_t i = top; i < std::min(rows, top + tile); ++i)
+          std::memcpy(turned.data() + (j * rows + i) * size, matrix + (i * columns + j) * size,
+                      static_cast<size_t>(size));
+  return turned;
+}
+
 Tensor flat(const Tensor& t) { return Tensor(t.data, t.dtype, {t.elements()}); }
 MasterTensor flat(const MasterTensor& t) { return {flat(t.weight), t.correction ? flat(t.correction) : t.correction}; }
 
@@ -108,24 +122,27 @@ f16::operator float() const {
   return std::bit_cast<float>(sign | (magnitude < 0x400u ? std::bit_cast<uint32_t>(small) : rebased));
 }
 
-void read_values(const MasterTensor& target, const StoredTensor& stored, Backend& backend) {
+void read_values(const MasterTensor& target, const StoredTensor& stored, bool transposed, Backend& backend) {
   const int64_t n = target.weight.elements();
   REQUIRE_SHAPE("read_values", stored.dtype && n == stored.elements(), stored.name, " has ", stored.elements(),
                 " elements");
   const DType dtype = target.weight.dtype;
+  const int64_t chunk = chunk_of(n), in_bytes = stored_dtype_bytes(*stored.dtype);
+  std::vector<std::byte> turned;
+  if (transposed) turned = transpose(stored.data.data(), target.weight.columns(), target.weight.rows(), in_bytes);
+  const std::byte* source = transposed ? turned.data() : stored.data.data();
   if (same(dtype, *stored.dtype)) {
     if (target.correction) backend.zero(target.correction);
-    return backend.upload(target.weight, stored.data.data());
+    return backend.upload(target.weight, source);
   }
   const DType values = target.correction ? DType::f32 : dtype;
-  const int64_t chunk = chunk_of(n), in_bytes = stored_dtype_bytes(*stored.dtype);
   std::vector<std::byte> staging(chunk * dtype_bytes(values));
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t count = std::min(chunk, n - begin);
     with_type(values, [&](auto out) {
       with_type(*stored.dtype, [&](auto in) {
         convert_values<typename decltype(out)::type, typename decltype(in)::type>(
-            staging.data(), stored.data.data() + begin * in_bytes, count);
+            staging.data(), source + begin * in_bytes, count);
       });
     });
     const MasterTensor part = flat(target).slice(begin, count);
@@ -139,15 +156,15 @@ void read_values(const MasterTensor& target, const StoredTensor& stored, Backend
 void upload_values(const MasterTensor& target, std::span<const float> values, Backend& backend) {
   read_values(target,
               {"values", "F32", StoredDType::f32, {static_cast<int64_t>(values.size())}, std::as_bytes(values), {}},
-              backend);
+              false, backend);
 }
 
-void write_values(SafetensorsWriter& writer, const MasterTensor& source, StoredDType dtype, const std::string& name,
-                  Backend& backend) {
+void write_values(SafetensorsWriter& writer, const MasterTensor& source, bool transposed, StoredDType dtype,
+                  const std::string& name, Backend& backend) {
   // A bf16 weight is its master rounded already.
   const MasterTensor kept = dtype == StoredDType::bf16 ? flat(source.weight) : flat(source);
   const DType values = kept.correction ? DType::f32 : kept.weight.dtype;
-  const int64_t n = kept.weight.elements(), chunk = chunk_of(n);
+  const int64_t n = kept.weight.elements(), chunk = transposed ? n : chunk_of(n);  // it takes all of it to be turned
   std::vector<std::byte> wide(chunk * dtype_bytes(values)), rounded;
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t count = std::min(chunk, n - begin);
@@ -156,6 +173,8 @@ void write_values(SafetensorsWriter& writer, const MasterTensor& source, StoredD
       download_joined(reinterpret_cast<float*>(wide.data()), part, backend);
     else
       backend.download(wide.data(), part.weight);
+    if (transposed)
+      wide = transpose(wide.data(), source.weight.rows(), source.weight.columns(), dtype_bytes(values));
     if (same(values, dtype)) {
       writer.write(std::span(wide).first(count * dtype_bytes(values)));
       continue;

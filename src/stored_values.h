@@ -22,13 +22,14 @@ static_assert(sizeof(f16) == 2);
 
 // target (any floating dtype, or bf16 with corrections, on the device) = the stored values; same number of elements,
 // stored.dtype present. A target without corrections is rounded to its dtype, one with them as master.h says.
-void read_values(const MasterTensor& target, const StoredTensor& stored, Backend& backend);
+// transposed: the target is a matrix and its transpose is what is stored.
+void read_values(const MasterTensor& target, const StoredTensor& stored, bool transposed, Backend& backend);
 // The same from fp32 values in memory.
 void upload_values(const MasterTensor& target, std::span<const float> values, Backend& backend);
 
-// The next bytes of the writer = source, rounded to dtype. Throws UserError, naming the tensor, where a finite value
-// passes fp16's largest.
-void write_values(SafetensorsWriter& writer, const MasterTensor& source, StoredDType dtype, const std::string& name,
-                  Backend& backend);
+// The next bytes of the writer = source, rounded to dtype; its transpose where `transposed` says so. Throws UserError,
+// naming the tensor, where a finite value passes fp16's largest.
+void write_values(SafetensorsWriter& writer, const MasterTensor& source, bool transposed, StoredDType dtype,
+                  const std::string& name, Backend& backend);
 
 }  // namespace orpo

@@ -46,11 +46,15 @@ class TimedBackend final : public Backend {
     timed(layer_ == outside ? Part::optimizer : Part::head, 0, {&x}, [&] { inner_->zero(x); });
   }
 
-  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
-    timed(Part::embedding, 0, {&out, &out}, [&] { inner_->embedding_forward(out, weight, tokens); });
+  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
+                         const Tensor& positions) override {
+    timed(Part::embedding, 0, {&out, &out},
+          [&] { inner_->embedding_forward(out, weight, tokens, position_weight, positions); });
   }
-  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) override {
-    timed(Part::embedding, 0, {&dout, &dout}, [&] { inner_->embedding_backward(dweight, dout, tokens, padding); });
+  void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
+                          const Tensor& tokens, const Tensor& positions, int64_t padding) override {
+    timed(Part::embedding, 0, {&dout, &dout},
+          [&] { inner_->embedding_backward(dweight, dposition_weight, dout, tokens, positions, padding); });
   }
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
     const ProductShape shape{false, false, false, in.rows(), weight.rows(), weight.columns(), out.dtype != in.dtype,
@@ -64,15 +68,17 @@ class TimedBackend final : public Backend {
     timed_product(shape, shape.din + shape.dweight, {&din, &dweight, &dweight, &dout, &in, &weight},
                   [&] { inner_->linear_backward(din, dweight, dbias, dout, in, weight); });
   }
-  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                    const Tensor& branch, const Tensor& weight, double epsilon) override {
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                    const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                    double epsilon) override {
     timed(Part::norm, 0, {&out, &sum, &residual, &branch},
-          [&] { inner_->norm_forward(out, sum, rstd, residual, branch, weight, epsilon); });
+          [&] { inner_->norm_forward(out, sum, mean, rstd, residual, branch, weight, bias, epsilon); });
   }
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                     const Tensor& sum, const Tensor& rstd, const Tensor& weight) override {
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                     const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                     const Tensor& weight, const Tensor& bias) override {
     timed(Part::norm, 0, {&dsum, &dsum, &out, &dout, &sum},
-          [&] { inner_->norm_backward(dsum, dweight, out, dout, sum, rstd, weight); });
+          [&] { inner_->norm_backward(dsum, dweight, dbias, out, dout, sum, mean, rstd, weight, bias); });
   }
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
     timed(Part::rope, 0, {&qkv, &qkv}, [&] { inner_->rope_forward(qkv, positions, shape); });
@@ -103,13 +109,13 @@ class TimedBackend final : public Backend {
     timed(Part::attention, 0, {&out, &qkv},
           [&] { inner_->attention_decode(out, qkv, keys, values, sequences, positions, shape); });
   }
-  void activation_forward(const Tensor& out, const Tensor& gate_up) override {
-    timed(Part::activation, 0, {&out, &gate_up}, [&] { inner_->activation_forward(out, gate_up); });
+  void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation) override {
+    timed(Part::activation, 0, {&out, &gate_up}, [&] { inner_->activation_forward(out, gate_up, activation); });
   }
-  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
-                           const Tensor& gate_up) override {
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
+                           Activation activation) override {
     timed(Part::activation, 0, {&dgate_up, &out, &dout, &gate_up},
-          [&] { inner_->activation_backward(dgate_up, out, dout, gate_up); });
+          [&] { inner_->activation_backward(dgate_up, out, dout, gate_up, activation); });
   }
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {
     timed(Part::head, 0, {&out, &out}, [&] { inner_->gather(out, in, target_rows); });

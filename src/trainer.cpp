@@ -151,10 +151,13 @@ void draw_weights(DeviceModel& model, uint64_t seed) {
     const Random random(seed, RandomStream::weights, index++);
     const int64_t n = p.tensor.elements();
     std::vector<float> values(n);
-    const bool matrix = p.tensor.rank > 1, norm = p.name.find("norm") != std::string::npos;
+    const bool matrix = p.tensor.rank > 1, norm = p.name.ends_with("norm");
+    const bool residual = p.name.ends_with("attention_output") || p.name.ends_with("down");
+    const double deviation = model.config.initializer_range /
+                             (residual && model.config.scaled_residual_init ? std::sqrt(2.0 * model.config.layers) : 1);
 #pragma omp parallel for
     for (int64_t i = 0; i < n; ++i)
-      values[i] = matrix ? static_cast<float>(model.config.initializer_range * random.normal(static_cast<uint64_t>(i)))
+      values[i] = matrix ? static_cast<float>(deviation * random.normal(static_cast<uint64_t>(i)))
                   : norm ? 1.0f
                          : 0.0f;
     upload_values(p.master(), values, model.backend);

@@ -81,8 +81,9 @@ void update_weights(DeviceModel& model, const AdamW& settings);
 void check_first_gradients(const DeviceModel& model, const GradientNorm& gradients);
 void check_first_moments(const DeviceModel& model);
 
-// New masters: matrices and embeddings normal(0, initializer_range), norms 1, biases 0, as transformers initialises
-// Llama; a function of the seed alone. Every rank and backend draws the same.
+// New masters as transformers initialises them: matrices and embeddings normal(0, initializer_range), smaller by
+// sqrt(2 layers) where the family scales what is added to the residual stream (GPT-2); norms 1, biases 0. A function of
+// the seed alone. Every rank and backend draws the same.
 void draw_weights(DeviceModel& model, uint64_t seed);
 // moments = 0: before the first step.
 void start_optimizer(DeviceModel& model);

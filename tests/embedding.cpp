@@ -22,7 +22,7 @@ TEST_CASE("embedding: forward copies rows, backward adds them in order, the padd
                  dout = rounded(random_values(rows * width, 2), dtype), ids = tokens();
     DeviceTensor weight(backend, dtype, {vocab, width}, table), out(backend, dtype, {rows, width}),
         token(backend, DType::i32, {rows}, ids);
-    backend.embedding_forward(out, weight, token);
+    backend.embedding_forward(out, weight, token, {}, {});
     Values expected;
     for (double id : ids)
       expected.insert(expected.end(), table.begin() + int64_t(id) * width, table.begin() + int64_t(id) * width + width);
@@ -31,7 +31,7 @@ TEST_CASE("embedding: forward copies rows, backward adds them in order, the padd
     const DType sums = accumulation_dtype(dtype);
     const Values before = rounded(random_values(vocab * width, 4), sums);
     DeviceTensor dweight(backend, sums, {vocab, width}, before), gradient(backend, dtype, {rows, width}, dout);
-    backend.embedding_backward(dweight, gradient, token, padding);
+    backend.embedding_backward(dweight, {}, gradient, token, {}, padding);
     Values added = before;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < width && int64_t(ids[r]) != padding; ++i) {
@@ -39,6 +39,49 @@ TEST_CASE("embedding: forward copies rows, backward adds them in order, the padd
         to = rounded(to + dout[r * width + i], sums);
       }
     CHECK(dweight.values() == added);
+  });
+}
+
+TEST_CASE("embedding: learned positions are added, and get the gradient of the rows at them") {
+  constexpr int64_t most = 11;
+  each_device([](Backend& backend, DType dtype) {
+    const Values table = rounded(random_values(vocab * width, 1), dtype),
+                 learned = rounded(random_values(most * width, 5), dtype),
+                 dout = rounded(random_values(rows * width, 2), dtype), ids = tokens();
+    Values at(rows);
+    for (int64_t r = 0; r < rows; ++r) at[r] = static_cast<double>(r * r % most);
+    DeviceTensor weight(backend, dtype, {vocab, width}, table), position_weight(backend, dtype, {most, width}, learned),
+        out(backend, dtype, {rows, width}), token(backend, DType::i32, {rows}, ids),
+        position(backend, DType::i32, {rows}, at);
+    backend.embedding_forward(out, weight, token, position_weight, position);
+    Values expected;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < width; ++i)
+        expected.push_back(rounded(table[int64_t(ids[r]) * width + i] + learned[int64_t(at[r]) * width + i], dtype));
+    CHECK(out.values() == expected);
+
+    const DType sums = accumulation_dtype(dtype);
+    const Values before = rounded(random_values(most * width, 4), sums);
+    DeviceTensor dweight(backend, sums, {vocab, width}), alone(backend, sums, {vocab, width}),
+        dlearned(backend, sums, {most, width}, before), gradient(backend, dtype, {rows, width}, dout);
+    backend.embedding_backward(dweight, dlearned, gradient, token, position, padding);
+    backend.embedding_backward(alone, {}, gradient, token, position, padding);
+    CHECK(dweight.values() == alone.values());
+    Values added = before;
+    for (int64_t r = 0; r < rows; ++r)  // the padding token's rows too: their position is learned
+      for (int64_t i = 0; i < width; ++i) {
+        double& to = added[static_cast<size_t>(int64_t(at[r]) * width + i)];
+        to = rounded(to + dout[r * width + i], sums);
+      }
+    CHECK(dlearned.values() == added);
+
+    DeviceTensor beyond(backend, DType::i32, {rows}, Values(rows, most));
+    check_refuses([&] { backend.embedding_forward(out, weight, token, position_weight, beyond), backend.synchronize(); },
+                  "embedding_forward", "position 0 is 11 of 11");
+    check_refuses([&] { backend.embedding_backward(dweight, dlearned, gradient, token, beyond, -1), backend.synchronize(); },
+                  "embedding_backward", "position 0 is 11 of 11");
+    check_refuses([&] { backend.embedding_forward(out, weight, token, gradient, Tensor()); }, "embedding_forward",
+                  "positions is [] ");
   });
 }
 
@@ -50,12 +93,12 @@ TEST_CASE("embedding: refuses tokens and shapes it cannot look up") {
         three(backend, DType::i32, {3});
     DeviceTensor high(backend, DType::i32, {2}, Values{0, vocab}), low(backend, DType::i32, {2}, Values{0, -1});
     // A GPU says so at the next synchronisation.
-    check_refuses([&] { backend.embedding_forward(out, weight, high), backend.synchronize(); }, "embedding_forward",
-                  "token 1 is 123 of 123");
-    check_refuses([&] { backend.embedding_backward(dweight, out, low, -1), backend.synchronize(); },
+    check_refuses([&] { backend.embedding_forward(out, weight, high, {}, {}), backend.synchronize(); },
+                  "embedding_forward", "token 1 is 123 of 123");
+    check_refuses([&] { backend.embedding_backward(dweight, {}, out, low, {}, -1), backend.synchronize(); },
                   "embedding_backward", "token 1 is -1");
-    check_refuses([&] { backend.embedding_forward(narrow, weight, good); }, "embedding_forward", "[123, 36]");
-    check_refuses([&] { backend.embedding_forward(out, weight, three); }, "embedding_forward", "[3] int32");
-    check_refuses([&] { backend.embedding_backward(weight, narrow, good, -1); }, "embedding_backward", "table");
+    check_refuses([&] { backend.embedding_forward(narrow, weight, good, {}, {}); }, "embedding_forward", "[123, 36]");
+    check_refuses([&] { backend.embedding_forward(out, weight, three, {}, {}); }, "embedding_forward", "[3] int32");
+    check_refuses([&] { backend.embedding_backward(weight, {}, narrow, good, {}, -1); }, "embedding_backward", "table");
   });
 }

@@ -23,10 +23,16 @@ class EmulatedBackend final : public Backend {
   }
   void zero(const Tensor& x) override { gpu_.zero(x); }
   void synchronize() override { gpu_.synchronize(); }
-  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override {
+  // Learned positions have no kernels yet, nor have layer norms and activations without a gate.
+  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
+                         const Tensor& positions) override {
+    if (position_weight) return cpu_->embedding_forward(out, weight, tokens, position_weight, positions);
     gpu_.embedding_forward(out, weight, tokens);
   }
-  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) override {
+  void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
+                          const Tensor& tokens, const Tensor& positions, int64_t padding) override {
+    if (dposition_weight)
+      return cpu_->embedding_backward(dweight, dposition_weight, dout, tokens, positions, padding);
     gpu_.embedding_backward(dweight, dout, tokens, padding);
   }
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
@@ -36,12 +42,17 @@ class EmulatedBackend final : public Backend {
                        const Tensor& in, const Tensor& weight) override {
     cpu_->linear_backward(din, dweight, dbias, dout, in, weight);
   }
-  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                    const Tensor& branch, const Tensor& weight, double epsilon) override {
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                    const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                    double epsilon) override {
+    if (mean || bias) return cpu_->norm_forward(out, sum, mean, rstd, residual, branch, weight, bias, epsilon);
     gpu_.norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
   }
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                     const Tensor& sum, const Tensor& rstd, const Tensor& weight) override {
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                     const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                     const Tensor& weight, const Tensor& bias) override {
+    if (mean || bias || dbias)
+      return cpu_->norm_backward(dsum, dweight, dbias, out, dout, sum, mean, rstd, weight, bias);
     gpu_.norm_backward(dsum, dweight, out, dout, sum, rstd, weight);
   }
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
@@ -66,9 +77,13 @@ class EmulatedBackend final : public Backend {
                         const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) override {
     cpu_->attention_decode(out, qkv, keys, values, sequences, positions, shape);
   }
-  void activation_forward(const Tensor& out, const Tensor& gate_up) override { gpu_.activation_forward(out, gate_up); }
-  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
-                           const Tensor& gate_up) override {
+  void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation) override {
+    if (!is_gated(activation)) return cpu_->activation_forward(out, gate_up, activation);
+    gpu_.activation_forward(out, gate_up);
+  }
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
+                           Activation activation) override {
+    if (!is_gated(activation)) return cpu_->activation_backward(dgate_up, out, dout, gate_up, activation);
     gpu_.activation_backward(dgate_up, out, dout, gate_up);
   }
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {

@@ -37,7 +37,8 @@ TEST_CASE("family: sizes and flags of a Llama") {
   CHECK(c.family == "llama");
   CHECK(std::vector<int64_t>{c.vocab, c.width, c.intermediate, c.layers, c.heads, c.kv_heads, c.head_dim,
                              c.max_positions} == std::vector<int64_t>{37, 12, 17, 2, 3, 1, 6, 64});
-  CHECK(c.attention_bias);
+  CHECK(c.qkv_bias);
+  CHECK(c.attention_output_bias);
   CHECK(c.mlp_bias);
   CHECK(!c.tied_embeddings);
   CHECK(c.norm_epsilon == 1e-5);
@@ -57,7 +58,7 @@ TEST_CASE("family: what a file leaves out has transformers' defaults") {
   CHECK(c.max_positions == 2048);
   CHECK(c.norm_epsilon == 1e-6);
   CHECK(c.initializer_range == 0.02);
-  CHECK(!c.attention_bias);
+  CHECK(!c.qkv_bias);
   CHECK(!c.tied_embeddings);
 }
 
@@ -118,7 +119,7 @@ TEST_CASE("family: a field that changes the result is refused by name") {
 TEST_CASE("family: an unknown architecture lists the known ones") {
   CHECK(
       refusal_with("architectures", R"(["GPTBigCodeForCausalLM"])") ==
-      R"(config.json: architecture "GPTBigCodeForCausalLM" (model_type "llama") is not supported; this trainer knows LlamaForCausalLM (model_type llama))");
+      R"(config.json: architecture "GPTBigCodeForCausalLM" (model_type "llama") is not supported; this trainer knows LlamaForCausalLM (model_type llama), GPT2LMHeadModel (model_type gpt2))");
   CHECK(holds(refusal_with("model_type", "\"mamba\""), "(model_type \"mamba\") is not supported"));
   CHECK(holds(refusal_with("architectures", R"(["LlamaForCausalLM", "Other"])"), "is not supported"));
 }

@@ -19,6 +19,16 @@ TinyModel tiny(DType dtype, Config config = odd_config(), double scale = 0.7, in
   return TinyModel(config, dtype, make_cpu_backend(threads), 1, scale);
 }
 
+// Every flag of Config in some model.
+std::vector<Config> odd_configs() {
+  Config exact = odd_gpt2_config();
+  exact.activation = Activation::gelu, exact.scale_attention_by_layer = true, exact.kv_heads = 1;
+  Config mixed = odd_config();
+  mixed.norm = Norm::layer, mixed.activation = Activation::gelu_tanh, mixed.scale_attention = false;
+  mixed.attention_output_bias = mixed.mlp_bias = false;
+  return {odd_config(), odd_gpt2_config(), exact, mixed};
+}
+
 // |a - b| / |b|
 double distance(const std::vector<double>& a, const std::vector<double>& b) {
   REQUIRE(a.size() == b.size());
@@ -57,39 +67,41 @@ Batch separate(const Row& row, bool score_prompt) {
 
 TEST_CASE("model: every gradient agrees with finite differences in double") {
   const MemoryPairs rows(awkward_rows(37));
-  for (const bool tied : {false, true})
-    for (const Objective objective : {Objective::orpo, Objective::sft, Objective::ratio})
-      for (const bool with_prompt : {true, false}) {
-        Config config = odd_config();
-        config.tied_embeddings = tied;
-        TinyModel model = tiny(DType::f64, config);
-        HeadSettings settings;
-        settings.objective = objective, settings.lambda = 0.8, settings.nll_includes_prompt = with_prompt;
-        const auto outcome = model.run(rows, one_batch, settings);
-        size_t offset = 0;
-        std::mt19937 random(3);
-        for (const Parameter& p : parameters(model.config, model.weights)) {
-          CAPTURE(p.name);
-          const std::vector<double> start = model.get(p.tensor);
-          std::vector<double> direction(start.size()), moved(start.size());
-          double along = 0;
-          for (size_t i = 0; i < start.size(); ++i) {
-            direction[i] = std::normal_distribution<double>()(random);
-            along += direction[i] * outcome.gradient[offset + i];
+  for (Config config : odd_configs())
+    for (const bool tied : {false, true})
+      for (const Objective objective : {Objective::orpo, Objective::sft, Objective::ratio})
+        for (const bool with_prompt : {true, false}) {
+          CAPTURE(config.family);
+          config.tied_embeddings = tied;
+          TinyModel model = tiny(DType::f64, config);
+          HeadSettings settings;
+          settings.objective = objective, settings.lambda = 0.8, settings.nll_includes_prompt = with_prompt;
+          const auto outcome = model.run(rows, one_batch, settings);
+          size_t offset = 0;
+          std::mt19937 random(3);
+          for (const Parameter& p : parameters(model.config, model.weights)) {
+            CAPTURE(p.name);
+            const std::vector<double> start = model.get(p.tensor);
+            std::vector<double> direction(start.size()), moved(start.size());
+            double along = 0;
+            for (size_t i = 0; i < start.size(); ++i) {
+              direction[i] = std::normal_distribution<double>()(random);
+              along += direction[i] * outcome.gradient[offset + i];
+            }
+            const auto loss_at = [&](double step) {
+              for (size_t i = 0; i < start.size(); ++i) moved[i] = start[i] + step * direction[i];
+              model.set(p.tensor, moved);
+              return model.run(rows, one_batch, settings, false).loss;
+            };
+            const double h = 1e-4;
+            const double measured = (8 * (loss_at(h) - loss_at(-h)) - (loss_at(2 * h) - loss_at(-2 * h))) / (12 * h);
+            model.set(p.tensor, start);
+            CHECK(along == doctest::Approx(measured).epsilon(1e-6).scale(1e-2));
+            CHECK(along != 0);
+            offset += start.size();
           }
-          const auto loss_at = [&](double step) {
-            for (size_t i = 0; i < start.size(); ++i) moved[i] = start[i] + step * direction[i];
-            model.set(p.tensor, moved);
-            return model.run(rows, one_batch, settings, false).loss;
-          };
-          const double h = 1e-5, measured = (loss_at(h) - loss_at(-h)) / (2 * h);
-          model.set(p.tensor, start);
-          CHECK(along == doctest::Approx(measured).epsilon(1e-6).scale(1e-2));
-          CHECK(along != 0);
-          offset += start.size();
+          REQUIRE(offset == outcome.gradient.size());
         }
-        REQUIRE(offset == outcome.gradient.size());
-      }
 }
 
 TEST_CASE("model: the odds term matters in these tests") {
@@ -106,52 +118,55 @@ TEST_CASE("model: the odds term matters in these tests") {
 }
 
 TEST_CASE("model: a shared prompt gives what two separate sequences give") {
-  for (const bool with_prompt : {true, false}) {
-    TinyModel model = tiny(DType::f64);
-    HeadSettings settings;
-    settings.lambda = 0.9, settings.nll_includes_prompt = with_prompt;
-    for (const Row& row : awkward_rows(37)) {
-      CAPTURE(row.trunk.size());
-      CAPTURE(row.chosen.size());
-      CAPTURE(row.rejected.size());
-      if (row.trunk.empty() && (row.chosen.size() == 1 || row.rejected.size() == 1)) continue;
-      const MemoryPairs one({row});
-      const int64_t index = 0;
-      const Normalisers n = count_normalisers(one, {&index, 1}, with_prompt);
-      const Batch packed = pack(one, {&index, 1}, with_prompt), apart = separate(row, with_prompt);
-      const auto a = model.run({packed}, n, settings), b = model.run({apart}, n, settings);
-      if (!row.trunk.empty()) CHECK(packed.rows() < apart.rows());
-      CHECK(packed.targets() == apart.targets());
-      CHECK(a.loss == doctest::Approx(b.loss).epsilon(1e-12));
-      CHECK(distance(a.logps, b.logps) < 1e-12);
-      CHECK(distance(a.gradient, b.gradient) < 1e-11);
-      // The trunk's last row predicts both first answers: naming it once would lose the rejected one.
-      if (!row.trunk.empty()) {
-        const int32_t last = static_cast<int32_t>(row.trunk.size()) - 1;
-        CHECK(std::count(packed.target_rows.begin(), packed.target_rows.end(), last) == 2);
+  for (const Config& config : odd_configs())
+    for (const bool with_prompt : {true, false}) {
+      CAPTURE(config.family);
+      TinyModel model = tiny(DType::f64, config);
+      HeadSettings settings;
+      settings.lambda = 0.9, settings.nll_includes_prompt = with_prompt;
+      for (const Row& row : awkward_rows(37)) {
+        CAPTURE(row.trunk.size());
+        CAPTURE(row.chosen.size());
+        CAPTURE(row.rejected.size());
+        if (row.trunk.empty() && (row.chosen.size() == 1 || row.rejected.size() == 1)) continue;
+        const MemoryPairs one({row});
+        const int64_t index = 0;
+        const Normalisers n = count_normalisers(one, {&index, 1}, with_prompt);
+        const Batch packed = pack(one, {&index, 1}, with_prompt), apart = separate(row, with_prompt);
+        const auto a = model.run({packed}, n, settings), b = model.run({apart}, n, settings);
+        if (!row.trunk.empty()) CHECK(packed.rows() < apart.rows());
+        CHECK(packed.targets() == apart.targets());
+        CHECK(a.loss == doctest::Approx(b.loss).epsilon(1e-12));
+        CHECK(distance(a.logps, b.logps) < 1e-12);
+        CHECK(distance(a.gradient, b.gradient) < 1e-11);
+        // The trunk's last row predicts both first answers: naming it once would lose the rejected one.
+        if (!row.trunk.empty()) {
+          const int32_t last = static_cast<int32_t>(row.trunk.size()) - 1;
+          CHECK(std::count(packed.target_rows.begin(), packed.target_rows.end(), last) == 2);
+        }
       }
     }
-  }
 }
 
 TEST_CASE("model: packing and micro-batches change loss and gradient by rounding only") {
   std::vector<Row> many = awkward_rows(37);
   for (const Row& r : awkward_rows(37, 11)) many.push_back(r);
   const MemoryPairs rows(many);
-  for (const auto& [dtype, tolerance] : {std::pair{DType::f64, 1e-12}, {DType::f32, 3e-5}}) {
-    TinyModel model = tiny(dtype);
-    const HeadSettings settings;
-    const auto whole = model.run(rows, one_batch, settings), parts = model.run(rows, 40, settings),
-               alone = model.run(rows, 1, settings);
-    CHECK(whole.micro_batches == 1);
-    CHECK(parts.micro_batches > 1);
-    CHECK(parts.micro_batches < alone.micro_batches);
-    CHECK(alone.micro_batches == rows.size());
-    for (const auto* other : {&parts, &alone}) {
-      CHECK(other->loss == doctest::Approx(whole.loss).epsilon(tolerance));
-      CHECK(distance(other->gradient, whole.gradient) < tolerance);
+  for (const Config& config : odd_configs())
+    for (const auto& [dtype, tolerance] : {std::pair{DType::f64, 1e-12}, {DType::f32, 3e-5}}) {
+      TinyModel model = tiny(dtype, config);
+      const HeadSettings settings;
+      const auto whole = model.run(rows, one_batch, settings), parts = model.run(rows, 40, settings),
+                 alone = model.run(rows, 1, settings);
+      CHECK(whole.micro_batches == 1);
+      CHECK(parts.micro_batches > 1);
+      CHECK(parts.micro_batches < alone.micro_batches);
+      CHECK(alone.micro_batches == rows.size());
+      for (const auto* other : {&parts, &alone}) {
+        CHECK(other->loss == doctest::Approx(whole.loss).epsilon(tolerance));
+        CHECK(distance(other->gradient, whole.gradient) < tolerance);
+      }
     }
-  }
 }
 
 TEST_CASE("model: a small logits budget recomputes logits and gives the same") {
@@ -186,16 +201,18 @@ TEST_CASE("model: recomputed layers give the same bits from less memory") {
 TEST_CASE("model: fp32 and bf16 stay close to double") {
   const MemoryPairs rows(awkward_rows(37));
   const HeadSettings settings;
-  TinyModel exact = tiny(DType::f64);
-  const auto truth = exact.run(rows, one_batch, settings);
-  const auto single = tiny(DType::f32).run(rows, one_batch, settings),
-             half = tiny(DType::bf16).run(rows, one_batch, settings);
-  CHECK(distance(single.gradient, truth.gradient) < 1e-5);
-  CHECK(distance(single.logps, truth.logps) < 1e-5);
-  // bf16 keeps 8 bits: 2^-9 a rounding, a few dozen roundings deep.
-  CHECK(distance(half.gradient, truth.gradient) < 0.08);
-  CHECK(distance(half.logps, truth.logps) < 0.03);
-  CHECK(distance(half.gradient, truth.gradient) > 1e-4);
+  for (const Config& config : {odd_config(), odd_gpt2_config()}) {
+    CAPTURE(config.family);
+    const auto truth = tiny(DType::f64, config).run(rows, one_batch, settings),
+               single = tiny(DType::f32, config).run(rows, one_batch, settings),
+               half = tiny(DType::bf16, config).run(rows, one_batch, settings);
+    CHECK(distance(single.gradient, truth.gradient) < 1e-5);
+    CHECK(distance(single.logps, truth.logps) < 1e-5);
+    // bf16 keeps 8 bits: 2^-9 a rounding, a few dozen roundings deep.
+    CHECK(distance(half.gradient, truth.gradient) < 0.08);
+    CHECK(distance(half.logps, truth.logps) < 0.03);
+    CHECK(distance(half.gradient, truth.gradient) > 1e-4);
+  }
 }
 
 TEST_CASE("model: finite where answers are certain or impossible") {
@@ -211,13 +228,14 @@ TEST_CASE("model: finite where answers are certain or impossible") {
 
 TEST_CASE("model: same threads, same bits") {
   const MemoryPairs rows(awkward_rows(37));
-  for (const DType dtype : {DType::f32, DType::bf16}) {
-    TinyModel model = tiny(dtype);
-    const auto first = model.run(rows, one_batch, HeadSettings{});
-    for (int i = 0; i < 20; ++i) {
-      const auto again = model.run(rows, one_batch, HeadSettings{});
-      REQUIRE(again.loss == first.loss);
-      REQUIRE(again.gradient == first.gradient);
+  for (const Config& config : {odd_config(), odd_gpt2_config()})
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      TinyModel model = tiny(dtype, config);
+      const auto first = model.run(rows, one_batch, HeadSettings{});
+      for (int i = 0; i < 20; ++i) {
+        const auto again = model.run(rows, one_batch, HeadSettings{});
+        REQUIRE(again.loss == first.loss);
+        REQUIRE(again.gradient == first.gradient);
+      }
     }
-  }
 }

@@ -25,7 +25,18 @@ inline Config odd_config() {
   c.family = "llama";
   c.vocab = 37, c.width = 12, c.intermediate = 17, c.layers = 2, c.heads = 3, c.kv_heads = 1, c.head_dim = 6;
   c.max_positions = 64, c.norm_epsilon = 1e-5;
-  c.attention_bias = c.mlp_bias = true;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = true;
+  return c;
+}
+
+// Everything else: learned positions, layer norms, no gate, tied embeddings.
+inline Config odd_gpt2_config() {
+  Config c;
+  c.family = "gpt2";
+  c.vocab = 37, c.width = 15, c.intermediate = 17, c.layers = 2, c.heads = c.kv_heads = 3, c.head_dim = 5;
+  c.max_positions = 33, c.norm_epsilon = 1e-5;
+  c.norm = Norm::layer, c.position = Position::learned, c.activation = Activation::gelu_tanh;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = c.tied_embeddings = c.scaled_residual_init = true;
   return c;
 }
 
@@ -64,7 +75,7 @@ class TinyModel {
     std::normal_distribution<double> normal;
     for (const Parameter& p : parameters(config, weights)) {
       std::vector<double> values(p.tensor.elements());
-      const bool norm = p.name.find("norm") != std::string::npos;
+      const bool norm = p.name.ends_with("norm");
       const double columns = static_cast<double>(p.tensor.columns());
       const double sigma = p.tensor.rank == 1 ? 0.2 : p.name == "output" ? scale : scale / std::sqrt(columns) * 2;
       for (double& v : values) v = sigma * normal(random) + (norm ? 1 : 0);

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from orpo_reference import gradients, read_rows, relative, trl_backward, trl_per_pair, trl_trainer
+from orpo_reference import (gradients, read_rows, relative, trl_backward, trl_per_pair, trl_trainer,
+                            without_key_bias)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -108,7 +109,7 @@ def main():
         begin = dict(start.named_parameters())
 
         def changes(of):
-            return {name: (p - begin[name]).detach() for name, p in of.named_parameters()}
+            return {name: without_key_bias(name, (p - begin[name]).detach()) for name, p in of.named_parameters()}
 
         compare_tensors(report, f"change by {args.steps} steps, relative", changes(trained), changes(model), CHANGES)
     sys.exit(report.failed)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes tests/fixtures/reference_*: tiny Llama models, rows, and what transformers and torch make of them.
+"""Writes tests/fixtures/reference_*: tiny Llama and GPT-2 models, rows, and what transformers and torch make of them.
 
     python3 -m pip install torch transformers==5.23.0 trl==1.16.0 datasets accelerate
-    python3 tools/make_reference_fixtures.py [OUT]        (default: tests/fixtures)
+    python3 tools/make_reference_fixtures.py [OUT] [--only NAME ...]        (default: all, in tests/fixtures)
 
 Each folder is a Hugging Face folder with
 
@@ -12,6 +12,8 @@ Each folder is a Hugging Face folder with
 
 Expected numbers are float64 throughout except the rotary frequencies, which transformers rounds to float32.  The script
 stops if transformers in plain float32, or TRL's ORPOTrainer (NLL scope full), disagrees with them.
+
+reference_gpt2 is stored as the published GPT-2 is: the bare decoder's names, and the buffers of older versions.
 
 The weights are wide and the answers drawn from the models themselves, so that mean log-probabilities lie in
 [-3, -0.05], where the odds ratio matters.
@@ -24,15 +26,18 @@ from pathlib import Path
 
 import torch
 from orpo_reference import (backward, gradients, per_pair, read_rows, relative, train, trl_backward, trl_per_pair,
-                            trl_trainer, versions)
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+                            trl_trainer, versions, without_key_bias)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 LAMBDA = 0.1
 TRAINING = {"steps": 3, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
-COMMON = {"vocab_size": 123, "num_hidden_layers": 2, "max_position_embeddings": 160, "bos_token_id": 1,
-          "eos_token_id": 2, "pad_token_id": None, "rms_norm_eps": 1e-5}
+VOCABULARY = 123
+LLAMA = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 160, "bos_token_id": 1,
+         "eos_token_id": 2, "pad_token_id": None, "rms_norm_eps": 1e-5}
+GPT2 = {"vocab_size": VOCABULARY, "n_layer": 2, "n_positions": 70, "bos_token_id": 1, "eos_token_id": 2,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {
     "grouped": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 52,
                 "rope_theta": 10000.0, "tie_word_embeddings": False},
@@ -41,8 +46,12 @@ MODELS = {
             "pad_token_id": 34},  # occurs in the rows: torch gives a padding token's embedding no gradient as input
     "biased": {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 37,
                "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "gpt2": {"n_embd": 21, "n_head": 3, "n_inner": 37, "activation_function": "gelu_new",
+             "pad_token_id": 34},  # occurs in the rows: GPT-2's embedding takes its gradient all the same
+    "gpt2_scaled": {"n_embd": 16, "n_head": 2, "activation_function": "gelu", "tie_word_embeddings": False,
+                    "scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-3},
 }
-SHARDED, COMPLETE = "biased", "grouped"
+SHARDED, COMPLETE, PUBLISHED = "biased", "grouped", "gpt2"
 # (prompt, tokens shared by both answers, rest of chosen, rest of rejected) in tokens
 ROWS = [(5, 0, 6, 9), (0, 0, 4, 6), (7, 0, 1, 1), (6, 4, 5, 3), (6, 0, 61, 58), (33, 0, 2, 3), (1, 0, 5, 4),
         (4, 3, 6, 0)]
@@ -50,21 +59,24 @@ ROWS = [(5, 0, 6, 9), (0, 0, 4, 6), (7, 0, 1, 1), (6, 4, 5, 3), (6, 0, 61, 58), 
 
 def random_model(name, seed):
     """Weights wide enough for peaked predictions; norms around 1, biases around 0."""
-    theta = MODELS[name]["rope_theta"]
-    options = {key: value for key, value in MODELS[name].items() if key != "rope_theta"}
-    config = LlamaConfig(**{**COMMON, **options}, rope_parameters={"rope_type": "default", "rope_theta": theta})
-    model = LlamaForCausalLM(config)
+    options = dict(MODELS[name])
+    if "n_embd" in options:
+        model = GPT2LMHeadModel(GPT2Config(**GPT2, **options))
+    else:
+        rope = {"rope_type": "default", "rope_theta": options.pop("rope_theta")}
+        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **options}, rope_parameters=rope))
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
             draw = torch.randn(p.shape, generator=random)
-            if "norm" in parameter_name:
-                p.copy_(1 + 0.2 * draw)
-            elif parameter_name.endswith("bias"):
+            if parameter_name.endswith("bias"):
                 p.copy_(0.2 * draw)
+            elif p.dim() == 1:
+                p.copy_(1 + 0.2 * draw)
             else:
-                wide = 2.8 if parameter_name.startswith(("lm_head", "model.embed_tokens")) else 1.0
-                p.copy_(wide * draw / p.shape[1] ** 0.5)
+                wide = 2.8 if parameter_name.startswith(("lm_head", "model.embed", "transformer.wte")) else 1.0
+                inputs = p.shape[0] if ".c_" in parameter_name else p.shape[1]
+                p.copy_(wide * draw / inputs ** 0.5)
     return model.eval()
 
 
@@ -74,7 +86,7 @@ def continuation(model, ids, count, temperature, random):
         if ids:
             weights = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1] / temperature, -1)
         else:
-            weights = torch.ones(COMMON["vocab_size"])
+            weights = torch.ones(VOCABULARY)
         ids.append(int(torch.multinomial(weights, 1, generator=random)))
     return ids[len(ids) - count:] if count else []
 
@@ -86,7 +98,7 @@ def random_rows(model, seed):
     rows = []
     for prompt_length, common, chosen, rejected in ROWS:
         for _ in range(1000):
-            prompt = torch.randint(3, COMMON["vocab_size"], (prompt_length,), generator=random).tolist()
+            prompt = torch.randint(3, VOCABULARY, (prompt_length,), generator=random).tolist()
             begin = continuation(model, prompt, common, 0.8, random)
             row = {"prompt_ids": prompt,
                    "chosen_ids": begin + continuation(model, prompt + begin, chosen, 0.6, random),
@@ -176,8 +188,8 @@ def expectations(model, rows, folder, complete):
     trainer.train()
     start, trained = dict(model.named_parameters()), dict(double.named_parameters())
     for name, p in trainer.model.named_parameters():
-        change = trained[name] - start[name]
-        if (p.double() - trained[name]).norm() > 1e-3 * change.norm():
+        change, error = trained[name] - start[name], without_key_bias(name, p.double() - trained[name])
+        if error.norm() > 1e-3 * change.norm():
             raise SystemExit(f"TRL: {name} after {TRAINING['steps']} steps differs")
     result["training"] = {**TRAINING, "losses": [number(x) for x in losses], "grad_norms": [number(x) for x in norms],
                           "weights": digest(trained)}
@@ -192,6 +204,10 @@ def write(folder, name, seed):
     rows = random_rows(model, seed)
     model.save_pretrained(folder, max_shard_size="24KB" if name == SHARDED else "5GB")
     (folder / "generation_config.json").unlink()
+    if name == PUBLISHED:
+        tensors = {key.removeprefix("transformer."): t for key, t in load_file(folder / "model.safetensors").items()}
+        tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 3, 3).tril() for i in range(GPT2["n_layer"])}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     expected = expectations(model, read_rows(folder / "rows.jsonl"), folder, name == COMPLETE)
@@ -202,11 +218,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", nargs="?", type=Path,
                         default=Path(__file__).resolve().parent.parent / "tests" / "fixtures")
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="+", choices=list(MODELS), default=list(MODELS))
+    args = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     for seed, name in enumerate(MODELS, 11):
-        write(out / f"reference_{name}", name, seed)
+        if name in args.only:
+            write(args.out / f"reference_{name}", name, seed)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,15 @@ def relative(ours, theirs):
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
+def without_key_bias(name, change):
+    """GPT-2's c_attn.bias without its middle third: what is added to every key alike cancels in the softmax, so that
+    its gradient is 0 but for rounding, of which Adam makes steps."""
+    if not name.endswith("c_attn.bias"):
+        return change
+    query, _, value = change.chunk(3)
+    return torch.cat([query, value])
+
+
 def sequence(row, side):
     """Token ids [T] of prompt and answer, and the number of leading tokens that are not scored as answer."""
     prompt = row["prompt_ids"]

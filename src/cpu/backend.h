@@ -20,15 +20,19 @@ class CpuBackend final : public Backend {
   void zero(const Tensor& x) override;
   void synchronize() override {}
 
-  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens) override;
-  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding) override;
+  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
+                         const Tensor& positions) override;
+  void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
+                          const Tensor& tokens, const Tensor& positions, int64_t padding) override;
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override;
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                        const Tensor& in, const Tensor& weight) override;
-  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                    const Tensor& branch, const Tensor& weight, double epsilon) override;
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                     const Tensor& sum, const Tensor& rstd, const Tensor& weight) override;
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                    const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                    double epsilon) override;
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                     const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                     const Tensor& weight, const Tensor& bias) override;
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override;
   void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape) override;
   void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
@@ -39,9 +43,9 @@ class CpuBackend final : public Backend {
                         const Tensor& positions, const AttentionShape& shape) override;
   void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
                         const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) override;
-  void activation_forward(const Tensor& out, const Tensor& gate_up) override;
-  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout,
-                           const Tensor& gate_up) override;
+  void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation) override;
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
+                           Activation activation) override;
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override;
   void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows) override;
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) override;

@@ -7,6 +7,7 @@
 
 #include "src/cpu/backend.h"
 #include "src/cpu/few_rows.h"
+#include "src/cpu/rows.h"
 #include "src/cpu/scratch.h"
 #include "src/cpu/vector.h"
 #include "src/shapes.h"
@@ -179,17 +180,7 @@ void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const
   if (din) products_->multiply(din, dout, weight, nullptr, false);
   if (dweight) products_->multiply(dweight, Matrix(dout).transposed(), in, nullptr, true);
   if (!dbias) return;
-  with_dtype("linear_backward", dout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using A = Accumulator<T>;
-    add_row_blocks(dbias.as<A>(), dout.rows(), dout.columns(), [&](A* partial, int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* from = dout.as<const T>() + row * dout.pitch();
-        for_vectors<A>(dout.columns(),
-                       [&](int64_t i, auto n) { store(partial + i, load(partial + i, n) + load(from + i, n), n); });
-      }
-    });
-  });
+  with_dtype("linear_backward", dout.dtype, [&](auto zero) { add_column_sums<decltype(zero)>(dbias, dout); });
 }
 
 }  // namespace orpo

@@ -1,5 +1,6 @@
-// RMS norm after the residual addition.
+// Layer norm and RMS norm after the residual addition.
 #include "src/cpu/backend.h"
+#include "src/cpu/rows.h"
 #include "src/cpu/vector.h"
 #include "src/shapes.h"
 
@@ -9,11 +10,32 @@ using namespace cpu;
 
 namespace {
 
+// The first n lanes of v, the rest 0.
+template <class V, class Count>
+V first_lanes(V v, Count n) {
+  if constexpr (std::is_same_v<Count, int>)
+    for (size_t i = static_cast<size_t>(n); i < sizeof(V) / sizeof(v[0]); ++i) v[i] = 0;
+  return v;
+}
+
+// out = weight * (sum - mean) * rstd + bias, which may be absent. Never inlined: both passes run the same instructions
+// and write the same bits, however a compiler fuses products and sums.
 template <class T>
-void forward_row(T* out, T* sum, Accumulator<T>* rstd, const T* residual, const T* branch, const T* weight,
-                 int64_t width, double epsilon) {
+[[gnu::noinline]] void normalise_row(T* out, const T* sum, Accumulator<T> mean, Accumulator<T> rstd, const T* weight,
+                                     const T* bias, int64_t width) {
   using A = Accumulator<T>;
-  Vector<A> squares{};
+  for_vectors<A>(width, [&](int64_t i, auto n) {
+    const Vector<A> scaled = load(weight + i, n) * ((load(sum + i, n) - mean) * rstd);
+    store(out + i, bias ? scaled + load(bias + i, n) : scaled, n);
+  });
+}
+
+// mean null: an RMS norm.
+template <class T>
+void forward_row(T* out, T* sum, Accumulator<T>* mean, Accumulator<T>* rstd, const T* residual, const T* branch,
+                 const T* weight, const T* bias, int64_t width, double epsilon) {
+  using A = Accumulator<T>;
+  Vector<A> total{}, squares{};
   for_vectors<A>(width, [&](int64_t i, auto n) {
     if (sum != residual || branch) {
       Vector<A> x = load(residual + i, n);
@@ -21,61 +43,83 @@ void forward_row(T* out, T* sum, Accumulator<T>* rstd, const T* residual, const 
       store(sum + i, x, n);
     }
     const Vector<A> stored = load(sum + i, n);  // as rounded to T: what the backward pass will see
-    squares += stored * stored;
+    if (mean)
+      total += stored;
+    else
+      squares += stored * stored;
   });
+  A m = 0;
+  if (mean) {
+    *mean = m = A(static_cast<double>(sum_lanes<A>(total)) / static_cast<double>(width));
+    for_vectors<A>(width, [&](int64_t i, auto n) {  // around the mean: no difference of large squares
+      const Vector<A> x = first_lanes(load(sum + i, n) - m, n);
+      squares += x * x;
+    });
+  }
   const A r = A(1 / std::sqrt(static_cast<double>(sum_lanes<A>(squares)) / static_cast<double>(width) + epsilon));
   *rstd = r;
-  for_vectors<A>(width, [&](int64_t i, auto n) { store(out + i, load(weight + i, n) * (load(sum + i, n) * r), n); });
+  normalise_row(out, sum, m, r, weight, bias, width);
 }
 
-// With x^ = sum * rstd and g = dout * weight:  dsum += rstd * (g - x^ * mean(g * x^)),  dweight += dout * x^,
-// out = weight * x^. Reads dout at i for the last time before it writes out there: in place is safe.
+// With x^ = (sum - mean) * rstd and g = dout * weight:
+//   dsum += rstd * (g - mean(g) - x^ * mean(g * x^)),  dweight += dout * x^,  out = weight * x^ + bias.
+// Without a mean, which is an RMS norm, mean(g) drops out too. Reads dout's row before it writes out's: in place is
+// safe.
 template <class T>
-void backward_row(T* dsum, Accumulator<T>* dweight, T* out, const T* dout, const T* sum, Accumulator<T> rstd,
-                  const T* weight, int64_t width) {
+void backward_row(T* dsum, Accumulator<T>* dweight, T* out, const T* dout, const T* sum, const Accumulator<T>* mean,
+                  Accumulator<T> rstd, const T* weight, const T* bias, int64_t width) {
   using A = Accumulator<T>;
-  Vector<A> products{};
+  const A m = mean ? *mean : A(0);
+  Vector<A> total{}, products{};
   for_vectors<A>(width, [&](int64_t i, auto n) {
-    const Vector<A> g = load(dout + i, n), normed = load(sum + i, n) * rstd;
-    products += g * load(weight + i, n) * normed;
-    store(dweight + i, load(dweight + i, n) + g * normed, n);
+    const Vector<A> dy = load(dout + i, n), g = dy * load(weight + i, n), normed = (load(sum + i, n) - m) * rstd;
+    if (mean) total += g;
+    products += g * normed;
+    store(dweight + i, load(dweight + i, n) + dy * normed, n);
   });
-  const A mean = sum_lanes<A>(products) / static_cast<A>(width);
+  const A mean_g = sum_lanes<A>(total) / static_cast<A>(width),
+          mean_product = sum_lanes<A>(products) / static_cast<A>(width);
   for_vectors<A>(width, [&](int64_t i, auto n) {
-    const Vector<A> w = load(weight + i, n), g = load(dout + i, n) * w, normed = load(sum + i, n) * rstd;
-    store(dsum + i, load(dsum + i, n) + (g - normed * mean) * rstd, n);
-    if (out) store(out + i, w * normed, n);
+    const Vector<A> g = load(dout + i, n) * load(weight + i, n), normed = (load(sum + i, n) - m) * rstd;
+    store(dsum + i, load(dsum + i, n) + (g - mean_g - normed * mean_product) * rstd, n);
   });
+  if (out) normalise_row(out, sum, m, rstd, weight, bias, width);
 }
 
 }  // namespace
 
-void CpuBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                              const Tensor& branch, const Tensor& weight, double epsilon) {
-  shapes::norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
+void CpuBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                              const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                              double epsilon) {
+  shapes::norm_forward(out, sum, mean, rstd, residual, branch, weight, bias, epsilon);
   with_dtype("norm_forward", out.dtype, [&](auto zero) {
     using T = decltype(zero);
+    using A = Accumulator<T>;
     const int64_t width = out.columns();
     for_rows(out.rows(), [&](int64_t row) {
       const int64_t at = row * width;
-      forward_row(out.as<T>() + at, sum.as<T>() + at, rstd.as<Accumulator<T>>() + row, residual.as<const T>() + at,
-                  branch ? branch.as<const T>() + at : nullptr, weight.as<const T>(), width, epsilon);
+      forward_row(out.as<T>() + at, sum.as<T>() + at, mean ? mean.as<A>() + row : nullptr, rstd.as<A>() + row,
+                  residual.as<const T>() + at, branch ? branch.as<const T>() + at : nullptr, weight.as<const T>(),
+                  bias ? bias.as<const T>() : nullptr, width, epsilon);
     });
   });
 }
 
-void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                               const Tensor& sum, const Tensor& rstd, const Tensor& weight) {
-  shapes::norm_backward(dsum, dweight, out, dout, sum, rstd, weight);
+void CpuBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                               const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                               const Tensor& weight, const Tensor& bias) {
+  shapes::norm_backward(dsum, dweight, dbias, out, dout, sum, mean, rstd, weight, bias);
   with_dtype("norm_backward", sum.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
     const int64_t width = sum.columns();
+    if (dbias) add_column_sums<T>(dbias, dout);  // before `out` may be written over it
     add_row_blocks(dweight.as<A>(), sum.rows(), width, [&](A* partial, int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t at = row * width;
         backward_row(dsum.as<T>() + at, partial, out ? out.as<T>() + at : nullptr, dout.as<const T>() + at,
-                     sum.as<const T>() + at, rstd.as<const A>()[row], weight.as<const T>(), width);
+                     sum.as<const T>() + at, mean ? mean.as<const A>() + row : nullptr, rstd.as<const A>()[row],
+                     weight.as<const T>(), bias ? bias.as<const T>() : nullptr, width);
       }
     });
   });

@@ -1,4 +1,4 @@
-// Rows by a list of indices: the embedding's tokens, the head's target rows.
+// Rows by a list of indices (the embedding's tokens and positions, the head's target rows), and sums over rows.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +23,18 @@ inline void copy_rows(const Tensor& out, const Tensor& table, const Tensor& indi
   });
 }
 
+// out[i] += table[indices[i]], rounded to T
+template <class T>
+void add_to_rows(const Tensor& out, const Tensor& table, const Tensor& indices) {
+  using A = Accumulator<T>;
+  const int64_t width = out.columns();
+  for_rows(out.rows(), [&](int64_t row) {
+    T* to = out.as<T>() + row * width;
+    const T* from = table.as<const T>() + indices.as<const int32_t>()[row] * width;
+    for_vectors<A>(width, [&](int64_t i, auto n) { store(to + i, load(to + i, n) + load(from + i, n), n); });
+  });
+}
+
 // table[indices[i]] += rows[i], in the order of i, but where the index is `left_out`. Each thread owns columns, so
 // equal indices meet in that order.
 template <class To, class From>
@@ -36,6 +48,19 @@ void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices, in
       To* to = table.as<To>() + index[row] * width + begin;
       const From* from = rows.as<From>() + row * width + begin;
       for_vectors<A>(columns, [&](int64_t i, auto n) { store(to + i, load(to + i, n) + load(from + i, n), n); });
+    }
+  });
+}
+
+// total[columns] A += sum over the rows of a matrix: a bias's gradient.
+template <class T>
+void add_column_sums(const Tensor& total, const Tensor& rows) {
+  using A = Accumulator<T>;
+  add_row_blocks(total.as<A>(), rows.rows(), rows.columns(), [&](A* partial, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* from = rows.as<const T>() + row * rows.pitch();
+      for_vectors<A>(rows.columns(),
+                     [&](int64_t i, auto n) { store(partial + i, load(partial + i, n) + load(from + i, n), n); });
     }
   });
 }

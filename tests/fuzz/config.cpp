@@ -13,7 +13,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const ModelDescription model = parse_model_config({reinterpret_cast<const char*>(data), size}, "fuzz");
     const Config& c = model.config;
-    if (c.parameters() <= 0 || c.heads % c.kv_heads != 0 || c.head_dim % 2 != 0 || !(c.rope_theta > 0) ||
+    const bool odd_rotation = c.position == Position::rotary && c.head_dim % 2 != 0;
+    if (c.parameters() <= 0 || c.heads % c.kv_heads != 0 || odd_rotation || !(c.rope_theta > 0) ||
         !(c.norm_epsilon > 0))
       std::abort();
     // What is written back reads as the same model in the other dtype.
