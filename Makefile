@@ -6,7 +6,7 @@
 BUILD    ?= release
 ARCH     ?= native
 CXX      ?= g++
-OUT      := build/$(BUILD)
+OUT      := build/$(BUILD)$(if $(filter native,$(ARCH)),,-$(ARCH))
 comma    := ,
 
 flags.release  := -O3 -g1
@@ -29,7 +29,7 @@ objects  := $(sources:%.cpp=$(OUT)/%.o)
 emulated := $(patsubst %,$(OUT)/%.o,$(basename $(wildcard cuda/*.cu cuda/emulator/*.cpp)))
 tests    := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/*.cpp))
 fuzzers  := $(patsubst tests/fuzz/%.cpp,build/fuzz/%,$(wildcard tests/fuzz/*.cpp))
-binaries := $(programs:%=$(if $(filter release,$(BUILD)),,$(OUT)/)orpo_%)
+binaries := $(programs:%=$(if $(filter build/release,$(OUT)),,$(OUT)/)orpo_%)
 
 # Every package the build needs, and the header or program that shows it is there.
 packages := g++=g++ libdnnl-dev=dnnl.hpp libsentencepiece-dev=sentencepiece_processor.h libpcre2-dev=pcre2.h zlib1g-dev=zlib.h \

@@ -1,8 +1,8 @@
-// Threads that wait for the others spin for some 50 microseconds, then give their core away. libgomp's default is to spin
-// for milliseconds, which on a machine that does anything else at the same time makes a step several times slower; not to
-// spin at all costs 40 microseconds for each of the regions that a step has hundreds of, and more than the product
-// itself when decoding (tools/PERFORMANCE.md). libgomp reads its environment before main, so the program starts itself
-// once more with the setting, unless the user has set one of its variables.
+// Threads that wait for the others spin for some 50 microseconds, then give their core away. libgomp's default is to
+// spin for milliseconds, which on a machine that does anything else at the same time makes a step several times slower;
+// not to spin at all costs 40 microseconds for each of the regions that a step has hundreds of, and more than the
+// product itself when decoding (tools/PERFORMANCE.md). libgomp reads its environment before main, so the program starts
+// itself once more with the setting, unless the user has set one of its variables.
 #pragma once
 
 #include <unistd.h>

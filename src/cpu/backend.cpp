@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "src/cpu/threads.h"
 #include "src/cpu/vector.h"
 #include "src/shapes.h"
 
@@ -15,8 +16,13 @@ namespace orpo {
 using namespace cpu;
 
 // Thread counts belong to the process (OpenMP's, which oneDNN follows): the backend made last decides.
-CpuBackend::CpuBackend(int threads) { omp_set_num_threads(threads > 0 ? threads : omp_get_num_procs()); }
+CpuBackend::CpuBackend(int threads) {
+  omp_set_num_threads(threads > 0 ? threads : omp_get_num_procs());
+  spread_threads();
+}
 CpuBackend::~CpuBackend() = default;
+
+void CpuBackend::begin(int, Pass) { spread_threads(); }
 
 // Large allocations stand on huge pages where the kernel has them: matrix products walk many rows at once.
 void* CpuBackend::allocate(int64_t bytes) {

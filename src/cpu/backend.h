@@ -19,6 +19,7 @@ class CpuBackend final : public Backend {
   void download(void* host, const Tensor& device) override;
   void zero(const Tensor& x) override;
   void synchronize() override {}
+  void begin(int layer, Pass pass) override;
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
                          const Tensor& positions) override;

@@ -1,6 +1,6 @@
-// A product with few rows, as in decoding: out[rows, n] = in[rows, k] . weight[n, k]^T + bias[n]. Reading the weight from
-// memory is what it costs, so each vector of it serves all rows while it is in a register. An entry of out is one dot
-// product in one order, whatever the number of rows and threads.
+// A product with few rows, as in decoding: out[rows, n] = in[rows, k] . weight[n, k]^T + bias[n]. Reading the weight
+// from memory is what it costs, so each vector of it serves all rows while it is in a register. An entry of out is one
+// dot product in one order, whatever the number of rows and threads.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -14,8 +14,8 @@ namespace orpo::cpu {
 // More rows than these go to oneDNN.
 inline constexpr int64_t few_rows = 16;
 
-// A step of a dot product over entries of T: a vector widened to A or, where the CPU multiplies pairs of bf16 (vdpbf16ps,
-// which takes subnormal numbers as 0, as oneDNN's products do), twice as many entries as they are.
+// A step of a dot product over entries of T: a vector widened to A or, where the CPU multiplies pairs of bf16
+// (vdpbf16ps, which takes subnormal numbers as 0, as oneDNN's products do), twice as many entries as they are.
 template <class T> struct Terms {
   using A = Accumulator<T>;
   static constexpr int count = lanes<A>;

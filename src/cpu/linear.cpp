@@ -95,42 +95,69 @@ void multiply_few(const Tensor& out, const Tensor& in, const Tensor& weight, con
 // and the library, which would keep a thousand for itself, keeps none. Bounded by starting over.
 struct CpuBackend::MatrixProducts {
   using Key = std::array<int64_t, 13>;
+  struct Product {
+    dnnl::matmul multiply;
+    dnnl::memory::desc packed;  // b as the product likes it best; empty: as it lies
+    dnnl::reorder pack;
+  };
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
   dnnl::stream stream{engine};
-  std::map<Key, dnnl::matmul> primitives;
-  Scratch wide_a, wide_b, wide_c;
+  std::map<Key, Product> products;
+  Scratch wide_a, wide_b, wide_c, packed_b;
 
   MatrixProducts() { dnnl::set_primitive_cache_capacity(0); }
 
-  const dnnl::matmul& primitive(const Matrix& c, const Matrix& a, const Matrix& b, bool bias, bool accumulate) {
+  // bf16 weights that many rows pass are packed first, once for the whole product: otherwise it does so in pieces, over
+  // and over. One buffer serves all; a weight of more than 64 MiB stays as it lies.
+  static bool packs(const Matrix& c, const Matrix& b, bool accumulate) {
+    return b.dtype == DType::bf16 && !accumulate && c.rows >= 512 && b.rows * b.columns <= int64_t{1} << 25;
+  }
+
+  const Product& product(const Matrix& c, const Matrix& a, const Matrix& b, bool bias, bool accumulate) {
     const Key key{c.rows,          c.columns,    a.columns,        a.row_stride,     a.column_stride,  b.row_stride,
                   b.column_stride, c.row_stride, int64_t(a.dtype), int64_t(b.dtype), int64_t(c.dtype), bias,
                   accumulate};
-    if (const auto found = primitives.find(key); found != primitives.end()) return found->second;
+    if (const auto found = products.find(key); found != products.end()) return found->second;
     constexpr size_t most = 32;
-    if (primitives.size() >= most) primitives.clear();
+    if (products.size() >= most) products.clear();
     dnnl::primitive_attr attributes;
     if (accumulate) {
       dnnl::post_ops sum;
       sum.append_sum(1.f);
       attributes.set_post_ops(sum);
     }
+    const bool pack = packs(c, b, accumulate);
+    const dnnl::memory::desc weight =
+        pack ? dnnl::memory::desc({b.rows, b.columns}, dnnl::memory::data_type::bf16, dnnl::memory::format_tag::any)
+             : b.description();
     const dnnl::memory::desc bias_row({1, c.columns}, a.description().data_type(), dnnl::memory::dims{c.columns, 1});
-    const auto product = bias ? dnnl::matmul::desc(a.description(), b.description(), bias_row, c.description())
-                              : dnnl::matmul::desc(a.description(), b.description(), c.description());
-    return primitives.emplace(key, dnnl::matmul(dnnl::matmul::primitive_desc(product, attributes, engine)))
-        .first->second;
+    const auto plain = bias ? dnnl::matmul::desc(a.description(), weight, bias_row, c.description())
+                            : dnnl::matmul::desc(a.description(), weight, c.description());
+    const dnnl::matmul::primitive_desc chosen(plain, attributes, engine);
+    Product made{dnnl::matmul(chosen), {}, {}};
+    if (pack && chosen.weights_desc() != b.description()) {
+      made.packed = chosen.weights_desc();
+      made.pack = dnnl::reorder(dnnl::reorder::primitive_desc(engine, b.description(), engine, made.packed));
+    }
+    return products.emplace(key, made).first->second;
   }
 
   void run(const Matrix& c, const Matrix& a, const Matrix& b, const void* bias, bool accumulate) {
     const auto memory = [&](const Matrix& m) { return dnnl::memory(m.description(), engine, m.data); };
+    const Product& p = product(c, a, b, bias, accumulate);
+    dnnl::memory weight = memory(b);
+    if (p.pack) {
+      const dnnl::memory packed(p.packed, engine, packed_b.reserve<char>(p.packed.get_size()));
+      p.pack.execute(stream, {{DNNL_ARG_FROM, weight}, {DNNL_ARG_TO, packed}});
+      weight = packed;
+    }
     std::unordered_map<int, dnnl::memory> arguments{
-        {DNNL_ARG_SRC, memory(a)}, {DNNL_ARG_WEIGHTS, memory(b)}, {DNNL_ARG_DST, memory(c)}};
+        {DNNL_ARG_SRC, memory(a)}, {DNNL_ARG_WEIGHTS, weight}, {DNNL_ARG_DST, memory(c)}};
     if (bias) {
       const dnnl::memory::desc row({1, c.columns}, a.description().data_type(), dnnl::memory::dims{c.columns, 1});
       arguments.emplace(DNNL_ARG_BIAS, dnnl::memory(row, engine, const_cast<void*>(bias)));
     }
-    primitive(c, a, b, bias, accumulate).execute(stream, arguments);
+    p.multiply.execute(stream, arguments);
     stream.wait();
   }
 

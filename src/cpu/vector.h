@@ -2,6 +2,8 @@
 // double) and computes in the vector of its accumulation type A (float, float, double).
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -85,6 +87,16 @@ inline HalfWords narrow(Vector<float> value) {
   return __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded, HalfWords);
 }
 
+// What a store to bf16 writes. The instruction rounds as narrow does, but takes subnormal floats (below 1.2e-38) as 0,
+// as the products that read bf16 do with theirs.
+inline HalfWords stored(Vector<float> value) {
+#if defined(__AVX512BF16__)
+  return std::bit_cast<HalfWords>(_mm512_cvtneps_pbh(value));
+#else
+  return narrow(value);
+#endif
+}
+
 template <class T> inline Vector<Accumulator<T>> load(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
     HalfWords h;
@@ -99,32 +111,52 @@ template <class T> inline Vector<Accumulator<T>> load(const T* p) {
 
 template <class T> inline void store(T* p, Vector<Accumulator<T>> v) {
   if constexpr (std::is_same_v<T, bf16>) {
-    const HalfWords h = narrow(v);
+    const HalfWords h = stored(v);
     std::memcpy(p, &h, sizeof h);
   } else {
     std::memcpy(p, &v, sizeof v);
   }
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// A tail in one masked instruction, which touches no memory past it.
+inline __mmask32 first(int count) { return (__mmask32{1} << count) - 1; }
+inline Vector<float> load_tail(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
+inline Vector<double> load_tail(const double* p, int n) { return _mm512_maskz_loadu_pd(__mmask8(first(n)), p); }
+inline Vector<float> load_tail(const bf16* p, int n) {
+  return widen(std::bit_cast<HalfWords>(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)));
+}
+inline void store_tail(float* p, Vector<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16(first(n)), v); }
+inline void store_tail(double* p, Vector<double> v, int n) { _mm512_mask_storeu_pd(p, __mmask8(first(n)), v); }
+inline void store_tail(bf16* p, Vector<float> v, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16(first(n)), std::bit_cast<__m256i>(stored(v)));
+}
+#else
+template <class T> inline Vector<Accumulator<T>> load_tail(const T* p, int count) {
+  T tail[lanes<Accumulator<T>>] = {};
+  std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
+  return load(tail);
+}
+template <class T> inline void store_tail(T* p, Vector<Accumulator<T>> v, int count) {
+  T tail[lanes<Accumulator<T>>];
+  store(tail, v);
+  std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
+}
+#endif
+
 // The first count entries; the rest of the vector is 0.
 template <class T, class Count> inline Vector<Accumulator<T>> load(const T* p, Count count) {
-  if constexpr (std::is_same_v<Count, int>) {
-    T tail[lanes<Accumulator<T>>] = {};
-    std::memcpy(tail, p, static_cast<size_t>(count) * sizeof(T));
-    return load(tail);
-  } else {
+  if constexpr (std::is_same_v<Count, int>)
+    return load_tail(p, count);
+  else
     return load(p);
-  }
 }
 
 template <class T, class Count> inline void store(T* p, Vector<Accumulator<T>> v, Count count) {
-  if constexpr (std::is_same_v<Count, int>) {
-    T tail[lanes<Accumulator<T>>];
-    store(tail, v);
-    std::memcpy(p, tail, static_cast<size_t>(count) * sizeof(T));
-  } else {
+  if constexpr (std::is_same_v<Count, int>)
+    store_tail(p, v, count);
+  else
     store(p, v);
-  }
 }
 
 template <class V> inline V maximum(V a, V b) { return a > b ? a : b; }
@@ -176,16 +208,22 @@ template <class A> inline Vector<A> square_root(Vector<A> x) {
   return x;
 }
 
-// exp to 2 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!, 2^k in two factors so that
-// subnormal results keep their digits. 0 far below, infinity above, NaN stays.
+// exp to 1 ulp: x = k ln 2 + r with |r| <= ln 2 / 2, e^r by its series to r^7 / 7!, 2^k by scalef or in two factors, so
+// that subnormal results keep their digits. 0 far below, infinity above, NaN stays.
 inline Vector<float> exponential(Vector<float> x) {
   constexpr float log2_e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
-  constexpr float to_integer = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
   const Vector<float> low = splat(-110.f), high = splat(90.f);
+#if defined(__AVX512F__)
+  constexpr __mmask16 all = 0xffff;  // unmasked, g++ 12 warns of its own header
+  x = _mm512_maskz_min_ps(all, high, _mm512_maskz_max_ps(all, low, x));
+  const Vector<float> k = _mm512_maskz_roundscale_ps(all, x * log2_e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  constexpr float to_integer = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
   x = x < low ? low : x;
   x = x > high ? high : x;
   const Vector<float> shifted = x * log2_e + to_integer;
   const Vector<float> k = shifted - to_integer;
+#endif
   const Vector<float> r = (x - k * ln2_high) - k * ln2_low;
   Vector<float> series = r * (1.f / 5040) + 1.f / 720;
   series = series * r + 1.f / 120;
@@ -194,12 +232,16 @@ inline Vector<float> exponential(Vector<float> x) {
   series = series * r + 0.5f;
   series = series * r + 1.f;
   series = series * r + 1.f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(all, series, k);
+#else
   using Integers = VectorOf<float>::integers;
   const Integers exponent = std::bit_cast<Integers>(shifted) - std::bit_cast<int32_t>(to_integer);
   const Integers half = exponent >> 1;
   const Vector<float> first = std::bit_cast<Vector<float>>((half + 127) << 23);
   const Vector<float> second = std::bit_cast<Vector<float>>((exponent - half + 127) << 23);
   return series * first * second;
+#endif
 }
 
 inline Vector<double> exponential(Vector<double> x) {
@@ -257,10 +299,10 @@ template <class Body> void for_rows(int64_t rows, Body&& body) {
   for (int64_t row = 0; row < rows; ++row) body(row);
 }
 
-// body(begin, count) over columns in blocks of a few cache lines, blocks dealt to threads. For sums over rows in row
-// order: each thread owns its columns, so there is no lock and no dependence on the number of threads.
+// body(begin, count) over columns in blocks of a few cache lines, or of one where there are many threads. For sums over
+// rows in row order: each thread owns its columns, so there is no lock and no dependence on the number of threads.
 template <class Body> void for_column_blocks(int64_t columns, Body&& body) {
-  constexpr int64_t block = 64;
+  const int64_t block = columns < int64_t{64} * 4 * omp_get_max_threads() ? 16 : 64;
 #pragma omp parallel for schedule(static)
   for (int64_t begin = 0; begin < columns; begin += block) body(begin, std::min(block, columns - begin));
 }
