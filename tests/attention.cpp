@@ -240,6 +240,22 @@ TEST_CASE("attention: large scores stay finite") {
   });
 }
 
+TEST_CASE("attention: a maximum that rises over several tiles") {
+  each_device([](Backend& backend, DType dtype) {
+    const Stream s = stream({{150, 170, 90}});
+    Problem p(s, {2, 1, 10}, 0, dtype, 15);
+    for (int64_t r = 0; r < p.rows; ++r)  // keys grow along the stream
+      for (int64_t i = 20; i < 30; ++i) p.qkv[r * p.width() + i] = rounded(p.qkv[r * p.width() + i] * r / 20., dtype);
+    const Result actual = run(backend, dtype, p, s), reference = naive<long double>(p, s);
+    with_type(dtype, [&](auto zero) {
+      const Result same = naive<decltype(zero)>(p, s);
+      check_close("out", actual.out, same.out, reference.out, dtype);
+      check_close("lse", actual.lse, same.lse, reference.lse, accumulation_dtype(dtype), 2, 8);
+      check_close("dqkv", actual.dqkv, same.dqkv, reference.dqkv, dtype, 3, 16);
+    });
+  });
+}
+
 TEST_CASE("attention: 250 runs give the same bits, whatever the number of threads") {
   const Stream s = stream({{300, 370, 130}, {5, 6, 7}});
   const Problem p(s, {3, 1, 10}, 0, DType::bf16, 11);
@@ -267,6 +283,9 @@ TEST_CASE("attention: refuses shapes and segments that do not fit the stream") {
     };
     check_refuses([&] { attempt({3, 2, 6}, 0, s, 6); }, "attention_forward", "3 query heads share 2");
     check_refuses([&] { attempt({2, 1, 6}, -1, s, 6); }, "attention_forward", "window is -1");
+    Problem unscaled(s, {2, 1, 6}, 0, dtype, 1);
+    unscaled.shape.scale = 0;
+    check_refuses([&] { run(backend, dtype, unscaled, s); }, "attention_forward", "the scale is 0");
     check_refuses([&] { attempt({2, 1, 6}, 0, s, 7); }, "attention_forward", "end at row 6, the stream has 7");
     Stream gap = s;
     gap.segments.push_back({7, 1, 0, 0});

@@ -73,8 +73,8 @@ struct Span {
 template <class A> Vector<A> masked(Vector<A> x, int64_t first, const Span& visible, A otherwise) {
   using Integers = typename VectorOf<A>::integers;
   using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  Integers column;
-  for (int i = 0; i < lanes<A>; ++i) column[i] = static_cast<Integer>(first + i);
+  const auto count = [&]<int... Lane>(std::integer_sequence<int, Lane...>) { return Integers{Lane...}; };
+  const Integers column = count(std::make_integer_sequence<int, lanes<A>>{}) + static_cast<Integer>(first);
   const Integers in = (column >= static_cast<Integer>(visible.begin)) & (column < static_cast<Integer>(visible.end));
   return in ? x : splat(otherwise);
 }
@@ -93,6 +93,11 @@ class Pieces {
   char* memory_;
   int64_t bytes_ = 0;
 };
+
+// Exponentials of softmax are taken to base 2, over scores times scale * log2(e).
+template <class A> inline constexpr A log2_e = A(1.4426950408889634074L);
+template <class A> inline constexpr A ln_2 = A(0.6931471805599453094L);
+template <class T> inline constexpr int exponential_terms = std::is_same_v<T, bf16> ? 4 : 6;
 
 // What forward and backward share: the tensors' geometry, the unpacking of tiles, what a block of rows sees.
 //
@@ -152,6 +157,18 @@ template <class T> struct Geometry {
     std::fill(to + count * width, to + round_up(count, chunk) * width, Entry{});
   }
 
+  // Asks for a share of a tile's rows ahead of their use: entries [column, column + count), the share that belongs to
+  // the chunk of rows from r on of `all`. Spread like this, requests do not wait for one another.
+  template <class X>
+  void prefetch(const X* matrix, int64_t pitch, const Tile& tile, int64_t column, int64_t count, int64_t r,
+                int64_t all) const {
+    const int64_t end = std::min<int64_t>(tile.count, (r + chunk) * tile.count / all);
+    for (int64_t row = r * tile.count / all; row < end; ++row) {
+      const char* at = reinterpret_cast<const char*>(matrix + (tile.row + row) * pitch + column);
+      for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(X)); i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
+  }
+
   // Keys of a tile that row r of a query tile sees; none for rows beyond the tile.
   Span visible(const Tile& tile, int64_t r, const Tile& key) const {
     const int64_t position = tile.position + static_cast<int32_t>(r) / static_cast<int32_t>(group);
@@ -181,10 +198,14 @@ template <class T> struct Geometry {
 
  private:
   void unpack_row(Entry* to, const T* from) const {
-    if constexpr (std::is_same_v<T, Entry>)
-      std::memcpy(to, from, static_cast<size_t>(head_dim) * sizeof(T));
-    else
+    if constexpr (std::is_same_v<T, Entry>) {
+      constexpr int64_t n = vector_bytes / sizeof(T);
+      int64_t i = 0;
+      for (; i + n <= head_dim; i += n) std::memcpy(to + i, from + i, vector_bytes);
+      std::copy(from + i, from + head_dim, to + i);
+    } else {
       for_vectors<A>(head_dim, [&](int64_t i, auto n) { store(to + i, load(from + i, n)); });
+    }
     std::fill(to + head_dim, to + width, Entry{});
   }
 };
