@@ -159,7 +159,8 @@ TEST_CASE("norm: backward adds to dsum, dweight and dbias") {
       const Backward reference = backward<long double>(before, dout, sum, weight, c);
       with_type(dtype, [&](auto zero) {
         const Backward naive = backward<decltype(zero)>(before, dout, sum, weight, c);
-        check_close("dsum", dx.values(), naive.dsum, reference.dsum, dtype);
+        // rstd multiplies the rounding of dout * weight, which the naive loop may cancel by luck (one column: rstd 316).
+        check_close("dsum", dx.values(), naive.dsum, reference.dsum, dtype, 2, 2 * std::max(1.0, largest(exact.rstd)));
         // What is added may nearly cancel what was there.
         check_close("dweight", dweight.values(), naive.dweight, reference.dweight, sums, 2, 8);
         if (c.layer) check_close("dbias", dbias.values(), naive.dbias, reference.dbias, sums, 2, 8);
