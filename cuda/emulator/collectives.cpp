@@ -37,18 +37,19 @@ void Engine::collective(uint32_t mask, const char* operation, Where where, const
   Warp& warp = warps_[warp_number];
   if (!(mask >> self & 1)) fail(where, "%s: the calling lane is not in its mask", operation);
   if (threads < 32 && mask >> threads) fail(where, "%s: the mask names lanes beyond blockDim", operation);
-  Collective* meeting = nullptr;
-  for (int i = 0; i < warp.count; ++i) {
-    Collective& pending = warp.pending[i];
+  Collective *meeting = nullptr, *free = nullptr;
+  for (Collective& pending : warp.pending) {
     if (pending.mask == mask)
       meeting = &pending;
+    else if (pending.mask == 0)
+      free = &pending;
     else if (pending.mask & mask)
       fail(where, "%s: its mask overlaps that of a pending %s at %s:%u", operation, pending.operation,
            pending.where.file_name(), pending.where.line());
   }
   if (!meeting) {
-    if (warp.count == Warp::most_pending) fail(where, "%s: too many collectives are pending in the warp", operation);
-    meeting = &warp.pending[warp.count++];
+    if (!free) fail(where, "%s: too many collectives are pending in the warp", operation);
+    meeting = free;
     meeting->mask = mask, meeting->arrived = 0, meeting->operation = operation, meeting->where = where;
     meeting->order = orders_ + warp_order(warp_number, warp.phase);
   } else if (meeting->operation != operation || meeting->where.line() != where.line()) {
@@ -70,7 +71,7 @@ void Engine::collective(uint32_t mask, const char* operation, Where where, const
     int count = 0;
     for (uint32_t m = mask & ~(1u << self); m; m &= m - 1)
       others[count++] = &lanes_[warp_number * 32 + std::countr_zero(m)];
-    *meeting = warp.pending[--warp.count];
+    meeting->mask = 0;
     wake(others, count);
     let_others_go_first();
   }

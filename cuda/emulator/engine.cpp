@@ -69,7 +69,8 @@ void Engine::place_threads(uint64_t block_number) {
   }
   if (settings.order == Order::random)
     for (int i = count_ - 1; i > 0; --i) std::swap(starts_[i], starts_[random() % static_cast<unsigned>(i + 1)]);
-  for (int w = 0; w < (count_ + 31) / 32; ++w) warps_[w].count = 0;
+  for (int w = 0; w < (count_ + 31) / 32; ++w)
+    for (Collective& free : warps_[w].pending) free.mask = 0;
 }
 
 // Any fiber serves any CUDA thread, but for ThreadSanitizer, where a fiber is a thread: there each thread of a block

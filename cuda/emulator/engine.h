@@ -65,9 +65,8 @@ using Compute = void (*)(const Collective&, const void* context);
 
 struct Warp {
   static constexpr int most_pending = 4;
-  Collective pending[most_pending];
-  int count;
-  unsigned phase;
+  Collective pending[most_pending];  // mask 0: free. Never moved: kernels' code reads them, and ThreadSanitizer would see
+  unsigned phase;                    // the move.
 };
 
 struct Launch {
