@@ -5,7 +5,7 @@
     tools/bench_llmc.py LLMC [--rounds 2] [--before COMMAND]
 
 llm.c's train_gpt2 is built by its own Makefile (OpenMP, -Ofast -march=native) from a copy in which only the sequence
-length (64 to 256) and the number of validation batches (5 to 1) are changed.  Both sides start from one set of random
+length (64 to 256) and the numbers of validation batches and of steps are changed.  Both sides start from one set of random
 weights, written as llm.c's checkpoint and as a Hugging Face folder, so that their first losses agree; nothing is
 downloaded.  Ours trains plain rows (--objective sft) in fp32 and bf16.  The runs alternate; of each step the shortest
 time of all rounds counts, the first step is left out.  Standard library only.
@@ -112,7 +112,8 @@ def write_ours(folder, tensors, tokens):
 def build_llmc(clone, folder):
     shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git"))
     source = (folder / "train_gpt2.c").read_text()
-    for old, new in (("int T = 64;", f"int T = {LENGTH};"), ("int val_num_batches = 5;", "int val_num_batches = 1;")):
+    for old, new in (("int T = 64;", f"int T = {LENGTH};"), ("int val_num_batches = 5;", "int val_num_batches = 1;"),
+                     ("step <= 40;", f"step < {STEPS};")):
         if source.count(old) != 1:
             sys.exit(f"bench_llmc: train_gpt2.c of {clone} does not hold '{old}' once; this tool knows another version")
         source = source.replace(old, new)
@@ -136,19 +137,11 @@ class Side:
 
 def run_llmc(args, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    command = [*shlex.split(args.before), "stdbuf", "-oL", "./train_gpt2"]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    steps = []
-    for line in process.stdout:
-        if found := STEP.match(line):
-            steps.append((float(found[3]) / 1000, float(found[2])))
-        if len(steps) == STEPS:
-            break
-    os.killpg(process.pid, 15)  # it would go on for 40 steps; the group is this run's own
-    process.wait()
-    if len(steps) < STEPS:
-        sys.exit("bench_llmc: train_gpt2 ended early")
+    done = subprocess.run([*shlex.split(args.before), "./train_gpt2"], cwd=folder, env=environment, text=True,
+                          stdout=subprocess.PIPE)
+    steps = [(float(ms) / 1000, float(loss)) for _, loss, ms in STEP.findall(done.stdout)]
+    if len(steps) != STEPS:
+        sys.exit(f"bench_llmc: train_gpt2 ended with {done.returncode} after {len(steps)} steps")
     return [s for s, _ in steps], [loss for _, loss in steps]
 
 
