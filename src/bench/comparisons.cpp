@@ -127,7 +127,8 @@ Json measure_start_and_checkpoint(Bench& bench, const BenchModel& model) {
   const double start = trial.profile.at("start_seconds").get<double>(),
                checkpoint = trial.profile.at("checkpoint_seconds").get<double>();
   end_progress();
-  std::printf("%s: %.2f s from the start to the first step (warm token cache), %.2f s for a checkpoint\n\n",
+  std::printf("%s: %.2f s from the start to the first step (warm token cache); a checkpoint is written "
+              "beside training in %.2f s\n\n",
               model.name.c_str(), start, checkpoint);
   return {{"start_seconds", start}, {"checkpoint_seconds", checkpoint}};
 }
