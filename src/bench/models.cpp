@@ -31,9 +31,8 @@ BenchModel smollm2_shape(const std::filesystem::path& folder) {
 
 BenchModel gpt2_shape(const std::filesystem::path& folder) {
   return written("GPT-2 124M", folder, R"({
- "model_type": "llama", "vocab_size": 50257, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
- "num_attention_heads": 12, "num_key_value_heads": 12, "hidden_act": "silu", "max_position_embeddings": 1024,
- "tie_word_embeddings": true, "initializer_range": 0.02, "torch_dtype": "float32"
+ "model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+ "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "initializer_range": 0.02, "torch_dtype": "float32"
 })");
 }
 
