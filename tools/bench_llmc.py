@@ -5,10 +5,10 @@
     tools/bench_llmc.py LLMC [--rounds 2] [--before COMMAND]
 
 llm.c's train_gpt2 is built by its own Makefile (OpenMP, -Ofast -march=native) from a copy in which only the sequence
-length (64 to 256) and the numbers of validation batches and of steps are changed.  Both sides start from one set of random
-weights, written as llm.c's checkpoint and as a Hugging Face folder, so that their first losses agree; nothing is
-downloaded.  Ours trains plain rows (--objective sft) in fp32 and bf16.  The runs alternate; of each step the shortest
-time of all rounds counts, the first step is left out.  Standard library only.
+length (64 to 256) and the numbers of validation batches and of steps are changed.  Both sides start from one set of
+random weights, written as llm.c's checkpoint and as a Hugging Face folder, so that their first losses agree; nothing
+is downloaded.  Ours trains plain rows (--objective sft) in fp32 and bf16.  The runs alternate; of each step the
+shortest time of all rounds counts, the first step is left out.  Standard library only.
 """
 import argparse
 import json
