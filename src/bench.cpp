@@ -105,6 +105,6 @@ int run_bench(const Options& options) {
 
 int main(int argc, char** argv) {
   using namespace orpo;
-  ;
+  spin_briefly(argv);
   return run_program("orpo_bench", [&] { return bench::run_bench(parse_options(Program::bench, argc, argv)); });
 }

@@ -264,10 +264,10 @@ void Run::begin_step() {
 void Run::log(const StepResult& r) {
   const double seconds = seconds_since(step_end_), flops = r.work.training_flops(model_->config);
   profile_.end_step(r.work.tokens, r.work.pairs, flops);
+  if (flops / seconds > gemm_rate_) measure_rate();  // no part of any step
   begin_step();
   MetricList m = base_metrics();
   for (const auto& entry : preference_metrics(r.sums, model_->head)) m.push_back(entry);
-  if (flops / seconds > gemm_rate_) measure_rate();
   for (const auto& [name, value] : MetricList{{"grad_norm", r.gradients.norm},
                                               {"learning_rate", r.learning_rate},
                                               {"tokens_per_second", r.work.tokens / seconds},
@@ -356,15 +356,22 @@ void Run::before_update() { writer_.wait_until_read(); }
 
 int Run::stop() {
   console().say(stop_reason(), ": stopping after step ", done);
-  if (options_.profile && profile_.steps() > 0) write_profile();
+  try {
+    collect_checkpoint(true);
+  } catch (const std::exception& e) {  // an earlier checkpoint failed: this one may yet succeed, and has the newest steps
+    console().say(e.what());
+    saved_ = -1;
+  }
   save();
   collect_checkpoint(true);
+  if (options_.profile && profile_.steps() > 0) write_profile();
   console().say("stopped; --resume --output ", options_.output, " goes on");
   return exit_stopped;
 }
 
 // --profile: the fastest step's table on stdout; in OUT/profile.json with what the run took besides.
-void Run::write_profile() const {
+void Run::write_profile() {
+  measure_rate();
   const StepProfile& step = profile_.fastest();
   std::fputs(profile_table(step, gemm_rate_).c_str(), stdout);
   Json json = profile_json(step), memory = Json::array();

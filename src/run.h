@@ -77,7 +77,7 @@ class Run {
   void show_progress(const MetricList& metrics, double seconds);
   void report_skipped(const StepResult& result);
   void collect_checkpoint(bool wait);  // says that it was saved
-  void write_profile() const;
+  void write_profile();
 
   Options options_;
   std::optional<FolderLock> lock_;

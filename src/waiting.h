@@ -15,7 +15,10 @@ namespace orpo {
 inline void spin_briefly(char** argv) {
   if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
   setenv("GOMP_SPINCOUNT", "1000", 1);  // turns of about 50 ns
-  execv("/proc/self/exe", argv);  // returns only where it failed: /proc is not mounted
+  char file[4096];  // the program's own path, so that it keeps its name in lists of processes
+  const ssize_t length = readlink("/proc/self/exe", file, sizeof file - 1);
+  if (length > 0) file[length] = 0, execv(file, argv);
+  // Here only where that failed: /proc is not mounted.
   if (std::strchr(argv[0], '/')) execv(argv[0], argv);
 }
 
