@@ -128,15 +128,23 @@ TEST_CASE("norm: forward adds the branch, keeps the sum, normalises it") {
 
 TEST_CASE("norm: a layer norm loses no digits to a mean far from 0") {
   const auto backend = make_cpu_backend(0);
-  const Case c{3, 77, true};
-  Values x = rounded(random_values(c.rows * c.width, 1, 1000, 1001), DType::f32), one(static_cast<size_t>(c.width), 1),
-         zero(static_cast<size_t>(c.width), 0);
-  DeviceTensor sum(*backend, DType::f32, {c.rows, c.width}, x), weight(*backend, DType::f32, {c.width}, one),
-      bias(*backend, DType::f32, {c.width}, zero), out(*backend, DType::f32, {c.rows, c.width});
-  DeviceTensor mean(*backend, DType::f32, {c.rows}), rstd(*backend, DType::f32, {c.rows});
-  backend->norm_forward(out, sum, mean, rstd, sum, Tensor(), weight, bias, epsilon);
-  // The mean itself is rounded to 2^-24 of 1000, 2e-4 of the deviation.
-  CHECK(largest_error(out.values(), forward<long double>(x, one, zero, c).out) < 3e-4);
+  for (const double far : {1e3, 1e6})
+    for (const Case& c : {Case{3, 77, true}, Case{3, 4096, true}}) {
+      CAPTURE(far);
+      CAPTURE(c.width);
+      const Values x = rounded(random_values(c.rows * c.width, 1, far, far + 1), DType::f32),
+                   one(static_cast<size_t>(c.width), 1), zero(static_cast<size_t>(c.width), 0);
+      DeviceTensor sum(*backend, DType::f32, {c.rows, c.width}, x), weight(*backend, DType::f32, {c.width}, one),
+          bias(*backend, DType::f32, {c.width}, zero), out(*backend, DType::f32, {c.rows, c.width});
+      DeviceTensor mean(*backend, DType::f32, {c.rows}), rstd(*backend, DType::f32, {c.rows});
+      backend->norm_forward(out, sum, mean, rstd, sum, Tensor(), weight, bias, epsilon);
+      const Forward reference = forward<long double>(x, one, zero, c);
+      // The mean is the nearest float, half a unit of its last place away; all that the output loses is that.
+      const double half = 0.5 * (std::nextafter(float(far), INFINITY) - float(far));
+      CHECK(largest_error(mean.values(), reference.mean) < 1.01 * half);
+      CHECK(largest_error(rstd.values(), reference.rstd) < 1e-5);
+      CHECK(largest_error(out.values(), reference.out) < 1.01 * half * largest(reference.rstd) + 1e-5);
+    }
 }
 
 TEST_CASE("norm: backward adds to dsum, dweight and dbias") {

@@ -30,11 +30,15 @@ template <class T>
   });
 }
 
-// mean null: an RMS norm.
+// mean null: an RMS norm. A layer norm's first mean m carries the rounding of a sum as large as the row's entries
+// together. Deviations from it are small, so their own mean d corrects it, and the variance with it (Chan, Golub and
+// LeVeque 1983):
+//   mean = m + d,   variance = mean((x - m)^2) - d^2
 template <class T>
 void forward_row(T* out, T* sum, Accumulator<T>* mean, Accumulator<T>* rstd, const T* residual, const T* branch,
                  const T* weight, const T* bias, int64_t width, double epsilon) {
   using A = Accumulator<T>;
+  const auto mean_of = [&](Vector<A> v) { return static_cast<double>(sum_lanes<A>(v)) / static_cast<double>(width); };
   Vector<A> total{}, squares{};
   for_vectors<A>(width, [&](int64_t i, auto n) {
     if (sum != residual || branch) {
@@ -49,14 +53,20 @@ void forward_row(T* out, T* sum, Accumulator<T>* mean, Accumulator<T>* rstd, con
       squares += stored * stored;
   });
   A m = 0;
+  double correction = 0;
   if (mean) {
-    *mean = m = A(static_cast<double>(sum_lanes<A>(total)) / static_cast<double>(width));
+    m = A(mean_of(total));
+    Vector<A> deviations{};
     for_vectors<A>(width, [&](int64_t i, auto n) {  // around the mean: no difference of large squares
       const Vector<A> x = first_lanes(load(sum + i, n) - m, n);
+      deviations += x;
       squares += x * x;
     });
+    correction = mean_of(deviations);
+    *mean = m = A(static_cast<double>(m) + correction);
   }
-  const A r = A(1 / std::sqrt(static_cast<double>(sum_lanes<A>(squares)) / static_cast<double>(width) + epsilon));
+  const double variance = std::max(0.0, mean_of(squares) - correction * correction);
+  const A r = A(1 / std::sqrt(variance + epsilon));
   *rstd = r;
   normalise_row(out, sum, m, r, weight, bias, width);
 }
