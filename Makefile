@@ -52,7 +52,7 @@ run: deps
 test: deps
 	@$(MAKE) --no-print-directory all $(OUT)/orpo_tests $(OUT)/orpo_bench
 	@$(MAKE) --no-print-directory rooms
-	@$(OUT)/orpo_tests
+	@$(OUT)/orpo_tests $(if $(TESTS),--test-case='$(TESTS)')
 
 # One page of speed and memory, build/bench.json as well; BENCH="--only layouts --threads 1" and the like narrow it.
 bench: deps
@@ -155,7 +155,7 @@ clean:
 help:
 	@echo "make            orpo_train, orpo_eval, orpo_data (BUILD=release|debug|sanitize, ARCH=native|x86-64-v3)"
 	@echo "make run        install missing packages, build, run the demonstration"
-	@echo "make test       install missing packages, build, run every test"
+	@echo "make test       install missing packages, build, run every test (TESTS='norm:*,head:*': only those)"
 	@echo "make bench      where a step's time and memory go, on three models (BENCH=--help: its options)"
 	@echo "make bench-peer speed and memory beside TRL on the same rows (BENCH=\"--data FILE\"; Python, network)"
 	@echo "make bench-llmc LLMC=DIR  speed beside llm.c's CPU program, from a clone of its repository"

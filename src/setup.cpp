@@ -6,6 +6,7 @@
 
 #include "data/tokenise.h"
 #include "src/console.h"
+#include "src/cpu/bf16.h"
 #include "src/fail.h"
 #include "tokenizer/template.h"
 #include "tokenizer/tokenizer.h"
@@ -14,13 +15,9 @@ namespace orpo {
 
 DType resolve_dtype(DTypeChoice choice) {
   if (choice != DTypeChoice::automatic) return choice == DTypeChoice::bf16 ? DType::bf16 : DType::f32;
-#if defined(__x86_64__)
-  const bool fast = __builtin_cpu_supports("avx512bf16");
-#else
-  const bool fast = false;
-#endif
-  console().say("dtype: ",
-                fast ? "bf16, which this CPU computes in (avx512_bf16)" : "fp32; this CPU has no avx512_bf16");
+  const bool fast = cpu::multiplies_bf16();
+  console().say("dtype: ", fast ? "bf16, which this CPU computes in (avx512_bf16)"
+                                : "fp32; oneDNN does not compute in bf16 here (no avx512_bf16)");
   return fast ? DType::bf16 : DType::f32;
 }
 

@@ -2,6 +2,7 @@
 #include "tests/programs.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <thread>
@@ -46,6 +47,17 @@ TEST_CASE("twenty steps lower the loss, and the model folder is written") {
   for (const char* file : {"config.json", "model.safetensors", "options.toml"}) CHECK(fs::exists(work.out / file));
   CHECK(outcome.err.find("loss: NLL(prompt + chosen) + 0.1 * mean softplus(-log odds ratio)\n") != std::string::npos);
   CHECK(outcome.err.find('\033') == std::string::npos);  // no terminal, no colour, no cursor
+}
+
+TEST_CASE("fp32 is chosen where oneDNN may not multiply in bf16") {
+  const Workplace work;
+  const char* before = std::getenv("ONEDNN_MAX_CPU_ISA");
+  const std::string kept = before ? before : "";
+  setenv("ONEDNN_MAX_CPU_ISA", "AVX2", 1);
+  const Outcome outcome = work.train({"--max-steps", "1"});
+  before ? setenv("ONEDNN_MAX_CPU_ISA", kept.c_str(), 1) : unsetenv("ONEDNN_MAX_CPU_ISA");
+  CHECK(outcome.status == 0);
+  CHECK_MESSAGE(outcome.err.find("dtype: fp32; ") != std::string::npos, outcome.err);
 }
 
 TEST_CASE("a resumed run is the straight run, bit for bit") {

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "src/cpu/backend.h"
+#include "src/cpu/bf16.h"
 #include "src/cpu/few_rows.h"
 #include "src/cpu/rows.h"
 #include "src/cpu/scratch.h"
@@ -15,6 +16,14 @@
 namespace orpo {
 
 using namespace cpu;
+
+bool cpu::multiplies_bf16() {
+  static const bool has = [] {
+    const unsigned needed = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
+    return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & needed) == needed;
+  }();
+  return has;
+}
 
 namespace {
 
@@ -37,14 +46,6 @@ struct Matrix {
             dnnl::memory::dims{row_stride, column_stride}};
   }
 };
-
-bool machine_has_bf16() {
-  static const bool has = [] {
-    const unsigned needed = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
-    return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & needed) == needed;
-  }();
-  return has;
-}
 
 // c = a . b + bias, or c += a . b
 void multiply_in_double(const Matrix& c, const Matrix& a, const Matrix& b, const double* bias, bool accumulate) {
@@ -183,7 +184,7 @@ struct CpuBackend::MatrixProducts {
     if (c.rows == 0 || c.columns == 0 || (a.columns == 0 && accumulate)) return;
     if (c.dtype == DType::f64) return multiply_in_double(c, a, b, static_cast<const double*>(bias), accumulate);
     try {
-      if (a.dtype == DType::bf16 && !machine_has_bf16())
+      if (a.dtype == DType::bf16 && !multiplies_bf16())
         return run_widened(c, a, b, static_cast<const bf16*>(bias), accumulate);
       run(c, a, b, bias, accumulate);
     } catch (const dnnl::error& e) {
