@@ -91,9 +91,10 @@ double library_rate(DType dtype, bool quick) {
 }
 
 ProductShape shape_of(const Json& p) {
-  return {p.at("backward").get<bool>(), p.at("din").get<bool>(), p.at("dweight").get<bool>(),
-          p.at("rows").get<int64_t>(), p.at("n").get<int64_t>(), p.at("k").get<int64_t>(), p.at("accumulation_out").get<bool>(),
-          p.at("pitch").get<int64_t>(), p.at("head").get<bool>()};
+  const auto flag = [&](const char* name) { return p.at(name).get<bool>(); };
+  const auto size = [&](const char* name) { return p.at(name).get<int64_t>(); };
+  return {flag("backward"), flag("din"), flag("dweight"), size("rows"), size("n"), size("k"), flag("accumulation_out"),
+          size("pitch"), flag("head")};
 }
 
 double seconds_alone(Backend& backend, DType dtype, const ProductShape& s) {
