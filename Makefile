@@ -1,7 +1,8 @@
 # make          the programs                       make test   packages, programs, then every test
 # make run      packages, programs, demonstration  make help   all targets
 #
-# BUILD=release (default), debug, sanitize or thread (ThreadSanitizer, for the CUDA rooms on the emulator).  ARCH=native (default) or, for a binary that runs elsewhere, x86-64-v3.
+# BUILD=release (default), debug, sanitize or thread (ThreadSanitizer, for the CUDA rooms on the emulator).
+# ARCH=native (default) or, for a binary that runs elsewhere, x86-64-v3.
 
 BUILD    ?= release
 ARCH     ?= native
@@ -11,7 +12,8 @@ comma    := ,
 
 flags.release  := -O3 -g1
 flags.debug    := -O0 -g -D_GLIBCXX_ASSERTIONS
-flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
+flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined \
+                  -D_GLIBCXX_ASSERTIONS
 # g++ expands copies of 16 bytes where ThreadSanitizer does not see them.
 flags.thread   := -O1 -g -fsanitize=thread -fno-builtin-memcpy -fno-builtin-memset
 CPPFLAGS += -I. -MMD -MP
@@ -32,8 +34,9 @@ fuzzers  := $(patsubst tests/fuzz/%.cpp,build/fuzz/%,$(wildcard tests/fuzz/*.cpp
 binaries := $(programs:%=$(if $(filter build/release,$(OUT)),,$(OUT)/)orpo_%)
 
 # Every package the build needs, and the header or program that shows it is there.
-packages := g++=g++ libdnnl-dev=dnnl.hpp libsentencepiece-dev=sentencepiece_processor.h libpcre2-dev=pcre2.h zlib1g-dev=zlib.h \
-            nlohmann-json3-dev=nlohmann/json.hpp libtomlplusplus-dev=toml++/toml.h libsimdjson-dev=simdjson.h libxxhash-dev=xxhash.h doctest-dev=doctest/doctest.h
+packages := g++=g++ libdnnl-dev=dnnl.hpp libsentencepiece-dev=sentencepiece_processor.h libpcre2-dev=pcre2.h \
+            zlib1g-dev=zlib.h nlohmann-json3-dev=nlohmann/json.hpp libtomlplusplus-dev=toml++/toml.h \
+            libsimdjson-dev=simdjson.h libxxhash-dev=xxhash.h doctest-dev=doctest/doctest.h
 
 ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
@@ -153,7 +156,7 @@ clean:
 	rm -rf build orpo_train orpo_eval orpo_data
 
 help:
-	@echo "make            orpo_train, orpo_eval, orpo_data (BUILD=release|debug|sanitize, ARCH=native|x86-64-v3)"
+	@echo "make            orpo_train, orpo_eval, orpo_data (BUILD=release|debug|sanitize|thread, ARCH=native|x86-64-v3)"
 	@echo "make run        install missing packages, build, run the demonstration"
 	@echo "make test       install missing packages, build, run every test (TESTS='norm:*,head:*': only those)"
 	@echo "make bench      where a step's time and memory go, on three models (BENCH=--help: its options)"
