@@ -125,14 +125,18 @@ inline void rope(const char* op, const Tensor& qkv, const Tensor& positions, con
   vector(op, "positions", positions, DType::i32, qkv.rows());
 }
 
-inline void attention(const char* op, const Tensor& qkv, const Tensor& out, const Tensor& lse, const DeviceBatch& batch,
-                      const AttentionShape& shape) {
+inline void attention_qkv(const char* op, const Tensor& qkv, const AttentionShape& shape) {
   activation_dtype(op, qkv);
   heads(op, shape.heads, shape.kv_heads, shape.head_dim);
   REQUIRE_SHAPE(op, shape.window >= 0, "the window is ", shape.window);
   REQUIRE_SHAPE(op, shape.scale > 0, "the scale is ", shape.scale);
+  matrix(op, "qkv", qkv, qkv.dtype, qkv.rows(), int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
+}
+
+inline void attention(const char* op, const Tensor& qkv, const Tensor& out, const Tensor& lse, const DeviceBatch& batch,
+                      const AttentionShape& shape) {
+  attention_qkv(op, qkv, shape);
   const int64_t rows = qkv.rows();
-  matrix(op, "qkv", qkv, qkv.dtype, rows, int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
   matrix(op, "output", out, qkv.dtype, rows, int64_t{shape.heads} * shape.head_dim);
   matrix(op, "lse", lse, accumulation_dtype(qkv.dtype), shape.heads, rows);
   matrix(op, "segments", batch.segments, DType::i32, batch.segments.rows(), 4);
@@ -148,12 +152,8 @@ inline void attention_backward(const Tensor& dqkv, const Tensor& dout, const Ten
 // keys, values: [sequences, kv_heads, capacity, head_dim].
 inline void cached_rows(const char* op, const Tensor& qkv, const Tensor& keys, const Tensor& values,
                         const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) {
-  activation_dtype(op, qkv);
-  heads(op, shape.heads, shape.kv_heads, shape.head_dim);
-  REQUIRE_SHAPE(op, shape.window >= 0, "the window is ", shape.window);
-  REQUIRE_SHAPE(op, shape.scale > 0, "the scale is ", shape.scale);
+  attention_qkv(op, qkv, shape);
   const int64_t rows = qkv.rows();
-  matrix(op, "qkv", qkv, qkv.dtype, rows, int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
   for (const Tensor* cache : {&keys, &values})
     REQUIRE_SHAPE(op,
                   cache->rank == 4 && cache->dtype == qkv.dtype && cache->shape[1] == shape.kv_heads &&
