@@ -35,9 +35,9 @@ may_include "cuda/*.h cuda/*.cuh" "cuda/.*|$core"
 may_include "cuda/emulator/*" "cuda/emulator/.*|$core"
 may_include "src/model.h src/model.cpp src/head.h src/head.cpp src/arena.h src/arena.cpp" \
   "src/(model|head|arena)\.h|$core"
-for file in src/*.cpp src/*.h src/cpu/* data/* tokenizer/*; do
+for file in src/*.cpp src/*.h src/cpu/* src/bench/* data/* tokenizer/*; do
   case $file in src/safetensors.*) continue ;; esac
-  if [ -f "$file" ] && grep -Eq 'q_proj|gate_proj|lm_head\.weight|embed_tokens' "$file"; then
+  if [ -f "$file" ] && grep -Eq 'q_proj|gate_proj|lm_head\.weight|embed_tokens|c_attn|c_proj|wte\.' "$file"; then
     say "$file knows Hugging Face tensor names; only src/safetensors.* may"
   fi
 done
