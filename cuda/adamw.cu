@@ -84,7 +84,8 @@ __device__ __forceinline__ void store_masters(bf16* weight, int16_t* correction,
 }
 
 template <bool aligned, class T> __global__ void __launch_bounds__(threads)
-    adamw_kernel(T* weight, int16_t* correction, float* first, float* second, const float* gradient, int64_t count, Step s) {
+    adamw_kernel(T* weight, int16_t* correction, float* first, float* second, const float* gradient, int64_t count,
+                 Step s) {
   constexpr int N = master_entries;
   const int64_t i = (int64_t{blockIdx.x} * threads + threadIdx.x) * N, left = count - i;
   if (left <= 0) return;
@@ -108,7 +109,8 @@ std::vector<double> CudaBackend::sums_of_squares(std::span<const Tensor> gradien
   shapes::sums_of_squares(gradients);
   std::vector<double> sums(gradients.size());
   int64_t most_blocks = 0;
-  for (const Tensor& g : gradients) most_blocks = std::max<int64_t>(most_blocks, blocks_for(g.elements(), block_entries));
+  for (const Tensor& g : gradients)
+    most_blocks = std::max<int64_t>(most_blocks, blocks_for(g.elements(), block_entries));
   if (most_blocks == 0) return sums;
   double *totals = scratch<double>(static_cast<int64_t>(sums.size()) + most_blocks), *partials = totals + sums.size();
   for (size_t i = 0; i < gradients.size(); ++i) {

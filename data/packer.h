@@ -24,7 +24,7 @@ std::vector<std::vector<int64_t>> micro_batches(const PairSet& set, std::span<co
 
 // The same with the pairs dealt so that there are few micro-batches, of about equal rows: matrix products run best on
 // many rows, and a step's order changes nothing but rounding. Within a micro-batch pairs keep their order; the result
-// depends on the lengths alone. (Best fit decreasing for their number, then longest first to the emptiest: Graham 1969.)
+// depends on the lengths alone. Best fit decreasing for their number, then longest first to the emptiest (Graham 1969).
 std::vector<std::vector<int64_t>> balanced_micro_batches(const PairSet& set, std::span<const int64_t> pairs,
                                                          int64_t micro_tokens);
 

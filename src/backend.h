@@ -27,7 +27,7 @@ namespace orpo {
 enum class Pass { forward, backward };
 
 // What the MLP computes between its two products. swiglu: silu(gate) * up (Shazeer 2020); the others have no gate.
-// gelu(x) = x Phi(x) (Hendrycks & Gimpel 2016); gelu_tanh is its approximation by tanh(sqrt(2 / pi) (x + 0.044715 x^3)).
+// gelu(x) = x Phi(x) (Hendrycks & Gimpel 2016); gelu_tanh: its approximation by tanh(sqrt(2 / pi) (x + 0.044715 x^3)).
 enum class Activation { swiglu, gelu, gelu_tanh, relu };
 constexpr bool is_gated(Activation a) { return a == Activation::swiglu; }
 
@@ -75,7 +75,7 @@ struct Backend {
   virtual void* allocate(int64_t bytes) = 0;
   virtual void release(void* memory, int64_t bytes) = 0;
   virtual void upload(const Tensor& device, const void* host) = 0;  // device = host
-  virtual void download(void* host, const Tensor& device) = 0;      // host = device
+  virtual void download(void* host, const Tensor& device) = 0;      // host = device; any thread, beside other calls
   virtual void zero(const Tensor& x) = 0;                           // x = 0
   virtual void synchronize() = 0;                                   // returns when everything asked for is done
 
@@ -101,8 +101,8 @@ struct Backend {
   virtual void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                                const Tensor& in, const Tensor& weight) = 0;
 
-  // norm: layer norm (Ba et al. 2016), or RMS norm (Zhang & Sennrich 2019; LlamaRMSNorm) where mean is absent and counts
-  // as 0; fused with the residual addition before it:
+  // norm: layer norm (Ba et al. 2016), or RMS norm (Zhang & Sennrich 2019; LlamaRMSNorm) where mean is absent and
+  // counts as 0; fused with the residual addition before it:
   //   sum[rows, width] T = residual + branch (branch may be absent: then sum may be residual itself and is left alone)
   //   mean[rows] A = mean(sum),   rstd[rows] A = 1 / sqrt(mean((sum - mean)^2) + epsilon)
   //   out[rows, width] T = weight[width] * (sum - mean) * rstd + bias[width] (bias may be absent)
@@ -110,9 +110,9 @@ struct Backend {
                             const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
                             double epsilon) = 0;
   // dsum[rows, width] T += gradient through the norm (the residual's gradient, which already holds what comes past the
-  // norm);  dweight[width] A +=;  dbias[width] A += (absent where bias is).  dout[rows, width] T. What was normalised is
-  // made again from sum, mean and rstd: out[rows, width] T = what norm_forward wrote, bit for bit (may be absent; may be
-  // dout itself: in place).
+  // norm);  dweight[width] A +=;  dbias[width] A += (absent where bias is).  dout[rows, width] T. What was normalised
+  // is made again from sum, mean and rstd: out[rows, width] T = what norm_forward wrote, bit for bit (may be absent; may
+  // be dout itself: in place).
   virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
                              const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                              const Tensor& weight, const Tensor& bias) = 0;

@@ -72,7 +72,7 @@ void sweep_leftovers(const std::filesystem::path& out);
 // OUT/checkpoint-N by ascending N, whole or not.
 std::vector<std::pair<int64_t, std::filesystem::path>> list_checkpoints(const std::filesystem::path& out);
 
-// Fills masters and moments, bit for bit as they were saved (fp32 masters of fp32 training, loaded into bf16 weights with
+// Fills masters and moments, bit for bit as they were saved (masters of fp32 training, loaded into bf16 weights with
 // corrections, as master.h says). Throws UserError where the checkpoint is of another model.
 void load_checkpoint(const Checkpoint& checkpoint, const Config& config, const OptimizerTensors& tensors,
                      Backend& backend);

@@ -28,8 +28,8 @@ class Decoder {
   // Starts sequences 0, 1, ... with these prompts, of at least one token each. Logits [prompts, vocab] A of the tokens
   // after them, valid until the next call.
   Tensor start(std::span<const Tokens> prompts);
-  // Appends tokens[i] to sequence sequences[i], each sequence at most once. Logits [tokens, vocab] A of the tokens after
-  // them, valid until the next call. MachineError where a sequence has no position left.
+  // Appends tokens[i] to sequence sequences[i], each sequence at most once. Logits [tokens, vocab] A of the tokens
+  // after them, valid until the next call. MachineError where a sequence has no position left.
   Tensor step(std::span<const int32_t> sequences, std::span<const int32_t> tokens);
 
  private:
@@ -40,9 +40,9 @@ class Decoder {
   Arena::Scope scope_;
   DecodingLimits limits_;
   KeyValueCache cache_;
-  Tensor hidden_;      // [sequences, width] T: what the logits are made of
-  Tensor logits_;      // [sequences, vocab] A
-  Tokens lengths_;     // [sequences] positions that the cache holds
+  Tensor hidden_;   // [sequences, width] T: what the logits are made of
+  Tensor logits_;   // [sequences, vocab] A
+  Tokens lengths_;  // [sequences] positions that the cache holds
 };
 
 // Chooses a sequence's next token by its logits [vocab]; sequence: its index among the prompts.

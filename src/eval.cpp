@@ -22,7 +22,8 @@
 namespace orpo {
 namespace {
 
-// file (where there are several), row, logps/* (means), tokens/*, nll (mean over the NLL scope), log_odds (D), loss (nll + lambda softplus(-D)).
+// file (where there are several), row, logps/* (means), tokens/*, nll (mean over the NLL scope), log_odds (D), loss
+// (nll + lambda softplus(-D)).
 std::string pair_line(const std::vector<std::string>& files, const TokenPair& pair, const PairResult& result,
                       const HeadSettings& settings) {
   PairSums one;

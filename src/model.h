@@ -20,7 +20,7 @@ enum class Position { rotary, learned };  // queries and keys are rotated, or a 
 
 // Names are the field's; family.h reads them from a Hugging Face config.json.
 struct Config {
-  std::string family;         // "llama"
+  std::string family;         // "llama", "gpt2": a row of family.cpp's table
   int64_t vocab = 0;          // vocab_size
   int64_t width = 0;          // hidden_size
   int64_t intermediate = 0;   // intermediate_size

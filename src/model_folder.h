@@ -14,17 +14,16 @@
 
 namespace orpo {
 
-// Fills weights (any floating dtype, rounded to nearest even, or bf16 with corrections) from FOLDER. Throws UserError: one line naming folder or
-// file, tensor, expected and actual shape or dtype; missing and unexpected tensors. Returns the dtype the weights are
-// stored in (the widest where they differ): what --save-dtype auto means.
+// Fills masters (any floating dtype, rounded to nearest even, or bf16 with corrections) from FOLDER. Throws UserError:
+// one line naming folder or file, tensor, expected and actual shape or dtype; missing and unexpected tensors. Returns
+// the dtype the weights are stored in (the widest where they differ): what --save-dtype auto means.
 StoredDType load_weights(const std::filesystem::path& folder, const Config& config, const Masters& masters,
                          Backend& backend);
 // That dtype without loading, from the headers; as config.json says where the folder has no weights (--init random).
 StoredDType stored_dtype(const std::filesystem::path& folder, const ModelDescription& description);
 
-// Writes FOLDER/model.safetensors, or shards of at most shard_bytes and their index. Masters are rounded once to
-// dtype. Files are fsynced, the folder is not. Returns what was written, with
-// checksums.
+// Writes FOLDER/model.safetensors, or shards of at most shard_bytes and their index. Masters are rounded once to dtype.
+// Files are fsynced, the folder is not. Returns what was written, with checksums.
 std::vector<FilePart> save_weights(const std::filesystem::path& folder, const Config& config, const Masters& masters,
                                    StoredDType dtype, Backend& backend, int64_t shard_bytes = 5'000'000'000);
 

@@ -135,7 +135,8 @@ std::vector<Option> build_table() {
   };
 
   group = "Model";
-  add(all | bench, text("model", "DIR", &O::model), "Hugging Face model folder: config.json, safetensors, tokenizer files")
+  add(all | bench, text("model", "DIR", &O::model),
+      "Hugging Face model folder: config.json, safetensors, tokenizer files")
       .alias("model-name-or-path");
   add(train, choice<Init>("init", &O::init, {{"model", Init::model}, {"random", Init::random}}),
       "random: config.json and tokenizer of --model, weights drawn anew from --seed");
@@ -145,7 +146,8 @@ std::vector<Option> build_table() {
 
   group = "Data";
   add(all | bench, list("data", "FILE...", &O::data), "preference rows, JSON Lines, .gz too");
-  add(train, list("eval-data", "FILE...", &O::eval_data), "held-out rows, measured before, as --eval-every says, and at the end");
+  add(train, list("eval-data", "FILE...", &O::eval_data),
+      "held-out rows, measured before, as --eval-every says, and at the end");
   add(all | bench, integer("max-length", &O::max_length, 2, most, "TOKENS"), "longest prompt + response")
       .shown_as("2048, or the model's positions if fewer")
       .insists();
@@ -196,7 +198,8 @@ std::vector<Option> build_table() {
   group = "Run";
   add(train, number("epochs", &O::epochs, 1e-9, 1e9), "passes over the data").alias("num-train-epochs");
   add(train, integer("max-steps", &O::max_steps, 1), "steps in all, in place of --epochs").shown_as("as --epochs says");
-  add(train | bench, integer("batch-pairs", &O::batch_pairs, 1, 1 << 24), "pairs of a whole step, on all devices together")
+  add(train | bench, integer("batch-pairs", &O::batch_pairs, 1, 1 << 24),
+      "pairs of a whole step, on all devices together")
       .insists();
   add(train, integer("eval-every", &O::eval_every, 1, most, "STEPS"), "evaluate this often")
       .shown_as("before and after only");
@@ -231,7 +234,8 @@ std::vector<Option> build_table() {
       .shown_as("the machine's")
       .asks();
   add(train, flag("plan", &O::plan), "print the memory the run takes and stop; works from config.json alone").asks();
-  add(train, flag("profile", &O::profile), "time by operation of the fastest step: printed, and in profile.json").asks();
+  add(train, flag("profile", &O::profile), "time by operation of the fastest step: printed, and in profile.json")
+      .asks();
 
   group = "Results";
   add(train, text("output", "DIR", &O::output), "becomes a Hugging Face folder; metrics and checkpoints inside")

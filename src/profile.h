@@ -23,16 +23,16 @@ const char* part_name(Part part);  // "products of the layers"
 // A product as Backend::linear_forward or linear_backward was asked for it.
 struct ProductShape {
   bool backward;
-  bool din, dweight;        // linear_backward was asked for it
-  int64_t rows, n, k;       // out[rows, n] = in[rows, k] . weight[n, k]^T
-  bool accumulation_out;    // forward: out in the accumulation dtype
-  int64_t pitch;            // of out or dout
-  bool head;
+  bool din, dweight;      // linear_backward was asked for it
+  int64_t rows, n, k;     // out[rows, n] = in[rows, k] . weight[n, k]^T
+  bool accumulation_out;  // forward: out in the accumulation dtype
+  int64_t pitch;          // of out or dout, entries
+  bool head;              // the output matrix
   auto operator<=>(const ProductShape&) const = default;
 };
 
 struct Amount {
-  double seconds = 0, flops = 0, bytes = 0;  // bytes: every tensor read or written, once
+  double seconds = 0, flops = 0, bytes = 0;  // bytes: of a tensor each time it is read or written
   int64_t calls = 0;
   void add(double s, double f, double b) { seconds += s, flops += f, bytes += b, calls += 1; }
 };

@@ -75,7 +75,8 @@ Run::Run(const Options& given) : options_(given), start_(Clock::now()) {
          " holds a run; go on with it by --resume, replace it by --overwrite, or name another folder");
 
   if (std::error_code none; writes && fs::equivalent(options_.model, options_.output, none))
-    fail("--output: ", options_.output, " is the --model folder itself; name another, so that the model you have stays");
+    fail("--output: ", options_.output,
+         " is the --model folder itself; name another, so that the model you have stays");
 
   source_.folder = options_.model;
   source_.description = read_model_config(options_.model);

@@ -112,7 +112,8 @@ TEST_CASE("adamw: refuses tensors of different sizes and a step before the first
     };
     refuses({w, correction, m, m, five, true}, settings, "gradient [5]");
     refuses({w, correction, five, m, m, true}, settings, "moments [5]");
-    refuses({w, dtype == sums ? *c : Tensor(), m, m, m, true}, settings, dtype == sums ? "correction [4]" : "correction []");
+    refuses({w, dtype == sums ? *c : Tensor(), m, m, m, true}, settings,
+            dtype == sums ? "correction [4]" : "correction []");
     refuses({w, *short_of, m, m, m, true}, settings, "correction [3]");
     refuses({w, correction, m, m, m, true}, early, "step is 0");
     DeviceTensor tokens(backend, DType::i32, {4});

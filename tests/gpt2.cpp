@@ -159,7 +159,8 @@ TEST_CASE("gpt2: new weights as transformers draws them: what writes to the stre
   for (const Tensor& t : {layer.attention_output, layer.down})
     CHECK(deviation(t) == doctest::Approx(0.25).epsilon(0.06));
   for (const float v : floats(layer.mlp_norm, *backend)) CHECK(v == 1);
-  for (const Tensor& t : {layer.attention_norm_bias, layer.mlp_norm_bias, w.final_norm_bias, layer.qkv_bias, layer.down_bias})
+  for (const Tensor& t :
+       {layer.attention_norm_bias, layer.mlp_norm_bias, w.final_norm_bias, layer.qkv_bias, layer.down_bias})
     for (const float v : floats(t, *backend)) CHECK(v == 0);
 }
 

@@ -39,7 +39,9 @@ struct State {
         split(dtype == DType::bf16) {
     set(masters);
   }
-  void set(const std::vector<float>& masters) { upload_values({weight, split ? *correction : Tensor()}, masters, backend); }
+  void set(const std::vector<float>& masters) {
+    upload_values({weight, split ? *correction : Tensor()}, masters, backend);
+  }
   void update(const AdamW& settings) {
     const AdamWTensors one{weight, split ? *correction : Tensor(), first, second, gradient, true};
     backend.adamw({&one, 1}, settings);

@@ -78,7 +78,7 @@ TEST_CASE("planned is used, to the byte") {
     }
 }
 
-TEST_CASE("a layer more costs a training step what its backward pass reads, with recompute its input, an evaluation 0") {
+TEST_CASE("a layer more costs a step what its backward pass reads, with recompute its input, an evaluation nothing") {
   const auto cost = [](bool trains, bool recompute) {
     PlanRequest r = request(DType::bf16, trains, recompute);
     const int64_t few = make_plan(r, int64_t{1} << 30).scratch_bytes;

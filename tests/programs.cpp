@@ -338,8 +338,9 @@ TEST_CASE("the model a run starts from is never its output") {
   const Workplace work;
   fs::copy(tiny_model_folder, work.out);
   const std::string before = text_of(work.out / "model.safetensors");
-  const Outcome outcome = run("orpo_train", {"--model", work.out, "--data", work.rows, "--output", work.out, "--overwrite"},
-                              work.folder.path());
+  const Outcome outcome =
+      run("orpo_train", {"--model", work.out, "--data", work.rows, "--output", work.out, "--overwrite"},
+          work.folder.path());
   CHECK(outcome.status == 2);
   CHECK(outcome.last_error_line().find("is the --model folder itself") != std::string::npos);
   CHECK(text_of(work.out / "model.safetensors") == before);
@@ -419,7 +420,8 @@ TEST_CASE("orpo_eval writes one line a row, in file order") {
 
   const fs::path more = work.folder.path() / "more \"rows\".jsonl";
   write_rows(more, 3, 2);
-  REQUIRE(run("orpo_eval", {"--model", tiny_model_folder, "--data", work.rows, more, "--per-pair", lines, "--dtype", "fp32"},
+  REQUIRE(run("orpo_eval",
+              {"--model", tiny_model_folder, "--data", work.rows, more, "--per-pair", lines, "--dtype", "fp32"},
               work.folder.path())
               .status == 0);
   const std::vector<std::string> both = lines_of(text_of(lines));

@@ -194,7 +194,8 @@ void compare(const fs::path& model_folder, const fs::path& rows, const json& exp
 
   const json& training = expected.at("training");
   check_steps(loaded, training, logp_tolerance, gradient_tolerance);
-  save_weights(temporary.path(), loaded.model.config, loaded.model.tensors.masters(), StoredDType::f32, *loaded.backend);
+  save_weights(temporary.path(), loaded.model.config, loaded.model.tensors.masters(), StoredDType::f32,
+               *loaded.backend);
   const StoredWeights trained = StoredWeights::of_folder(temporary.path());
   check_digest(training.at("weights"), trained, gradient_tolerance / 10);
   if (fs::exists(complete / "trained.safetensors"))
@@ -208,8 +209,8 @@ TEST_CASE("reference: tiny models score, differentiate and train as in transform
   for (const fs::directory_entry& folder : fs::directory_iterator("tests/fixtures")) {
     if (folder.path().filename().string().rfind("reference_", 0) != 0) continue;
     CAPTURE(folder.path().filename().string());
-    compare(folder.path(), folder.path() / "rows.jsonl", read_json(folder.path() / "expected.json"), folder.path(), 2e-5,
-            5e-4);
+    compare(folder.path(), folder.path() / "rows.jsonl", read_json(folder.path() / "expected.json"), folder.path(),
+            2e-5, 5e-4);
     ++models;
   }
   CHECK(models >= 5);
@@ -238,7 +239,8 @@ TEST_CASE("reference: logits of the tiny models") {
     double worst = 0;
     for (int64_t row = 0; row < batch.rows(); ++row)
       for (int64_t v = 0; v < m.config.vocab; ++v)
-        worst = std::max(worst, std::abs(values[row * m.config.vocab + v] - expected.at("values")[row][v].get<double>()));
+        worst =
+            std::max(worst, std::abs(values[row * m.config.vocab + v] - expected.at("values")[row][v].get<double>()));
     CHECK(worst < 1e-4);
   }
 }

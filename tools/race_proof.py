@@ -117,8 +117,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for file in dict.fromkeys(k[0] for k in wanted):
             path = f"{folder}/{file}.ptx"
-            subprocess.run([nvcc, "-std=c++20", "-O3", "-ptx", "-lineinfo", "-arch=sm_80", "-I.", f"cuda/{file}.cu", "-o",
-                            path], check=True)
+            subprocess.run([nvcc, "-std=c++20", "-O3", "-ptx", "-lineinfo", "-arch=sm_80", "-I.", f"cuda/{file}.cu",
+                            "-o", path], check=True)
             ptx = rewrite(open(path).read())
             open(path, "w").write(ptx)
             for _, name, grid, shared, parameters in (k for k in wanted if k[0] == file):

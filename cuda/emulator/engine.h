@@ -65,8 +65,9 @@ using Compute = void (*)(const Collective&, const void* context);
 
 struct Warp {
   static constexpr int most_pending = 4;
-  Collective pending[most_pending];  // mask 0: free. Never moved: kernels' code reads them, and ThreadSanitizer would see
-  unsigned phase;                    // the move.
+  // mask 0: free. Never moved: kernels' code reads them, and ThreadSanitizer would see the move.
+  Collective pending[most_pending];
+  unsigned phase;
 };
 
 struct Launch {

@@ -21,7 +21,7 @@ struct Machine {
 // Takes about two seconds. quick: smaller arrays, fewer repetitions.
 Machine measure_machine(Backend& backend, int threads, bool quick);
 Json machine_json(const Machine& machine);
-std::string machine_text(const Machine& machine);
+std::string machine_text(const Machine& machine);  // a line for the page
 
 // A step's products, timed alone: each shape by itself, its memory at rest.
 struct ProductsAlone {

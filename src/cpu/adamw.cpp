@@ -153,7 +153,8 @@ void CpuBackend::adamw(std::span<const AdamWTensors> list, const AdamW& settings
     with_dtype("adamw", p.weight.dtype, [&](auto zero) {
       using T = decltype(zero);
       using A = Accumulator<T>;
-      const MasterRun<T, A> master{p.weight.as<T>() + begin, p.correction ? p.correction.as<int16_t>() + begin : nullptr};
+      const MasterRun<T, A> master{p.weight.as<T>() + begin,
+                                   p.correction ? p.correction.as<int16_t>() + begin : nullptr};
       update_block(master, p.first.as<A>() + begin, p.second.as<A>() + begin, p.gradient.as<const A>() + begin, count,
                    Step<A>(settings, p.decays));
     });

@@ -160,6 +160,7 @@ template <class T> struct Backward : Geometry<T> {
     }
   }
 
+  // Unpacks a key tile into the layouts that meet() reads; dK = dV = 0.
   void begin_keys(Work& w, KeyWork& to, const Tile& key, int64_t kv_head) const {
     const auto turn = [&](Word* turned, int64_t column) {
       this->unpack_keys(w.unpacked, qkv, key, column);
@@ -175,6 +176,7 @@ template <class T> struct Backward : Geometry<T> {
     std::fill(to.dv, to.dv + key_tile * width, A(0));
   }
 
+  // Q and dout of a query tile; delta, and lse to base 2, of its rows.
   void unpack_query_tile(Work& w, const Tile& tile, int64_t kv_head) const {
     this->unpack_queries(w.q, qkv, this->qkv_pitch(), tile, kv_head);
     this->unpack_queries(w.g, dout, this->out_pitch(), tile, kv_head);

@@ -43,8 +43,8 @@ template <class T> struct Decode {
   int64_t capacity, head_dim, group, width;
   std::vector<Chunk> chunks;
   std::vector<int64_t> first;  // [rows * kv_heads + 1] first chunk of a row's key/value head
-  // For each chunk [group, width] the scaled queries, [group, width] the values weighed by exp(score - most), [group, 2]
-  // those weights' sum and most.
+  // For each chunk: [group, width] the scaled queries, [group, width] the values weighed by exp(score - most),
+  // [group, 2] those weights' sum and most.
   A* partials = nullptr;
 
   Decode(const AttentionShape& s, const Tensor& o, const Tensor& x, const Tensor& k, const Tensor& v,
@@ -148,7 +148,8 @@ template <class T> struct Decode {
     }
   }
 
-  // A tile's scores, -infinity past count, -> exp(score - most), with the running maximum, sum and output rescaled where the maximum rises.
+  // A tile's scores, -infinity past count, -> exp(score - most). Where the running maximum rises, sum and output are
+  // rescaled.
   void soften(A* scores, Vector<A>& sum, A& most, A* o, int64_t count) const {
     const int64_t padded = round_up(count, lanes<A>);
     Vector<A> largest = load(scores);

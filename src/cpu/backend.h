@@ -61,7 +61,7 @@ class CpuBackend final : public Backend {
  private:
   struct MatrixProducts;  // linear.cpp: oneDNN primitives by shape
   struct RotaryTables;    // rope.cpp: cosines and sines by position
-  struct AttentionTiles;  // attention.cpp: unpacked tiles of queries, keys and values
+  struct AttentionTiles;  // attention.cpp: memory for each thread's unpacked tiles, and dQ's sums
   struct DecodingChunks;  // attention_decode.cpp: what chunks of a sequence's positions gave
   std::shared_ptr<MatrixProducts> products_;
   std::shared_ptr<RotaryTables> tables_;

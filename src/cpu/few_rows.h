@@ -62,13 +62,14 @@ void dot_products(Accumulator<T> (&sums)[Outputs][Rows], const T* weight, const 
     for (int r = 0; r < Rows; ++r) sums[o][r] = sum_lanes<A>(partial[o][r]);
 }
 
-// body(integral constant) for the count among 1 + Index.
+// body(std::integral_constant<int, count>), count in [1, number of Index].
 template <int... Index, class Body>
 void with_count(std::integer_sequence<int, Index...>, int64_t count, const Body& body) {
   ((count == Index + 1 ? body(std::integral_constant<int, Index + 1>{}) : void()), ...);
 }
 
-// Out is T or A. Threads own blocks of weight rows, which stay in cache while the input rows pass in groups.
+// Out is T or A; bias may be null; pitches are in entries, and the weight is dense. Threads own blocks of weight rows,
+// which stay in cache while the input rows pass in groups.
 template <class T, class Out>
 void multiply_few_rows(Out* out, int64_t out_pitch, const T* in, int64_t in_pitch, const T* weight, const T* bias,
                        int64_t rows, int64_t n, int64_t k) {

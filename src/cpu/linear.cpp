@@ -92,8 +92,8 @@ void multiply_few(const Tensor& out, const Tensor& in, const Tensor& weight, con
 }  // namespace
 
 // oneDNN primitives by the shapes, strides and dtypes of a product. Row counts vary from one micro-batch to the next: a
-// primitive takes 0.3 ms to make and holds up to a megabyte, so more than one micro-batch needs are kept, not many more,
-// and the library, which would keep a thousand for itself, keeps none. Bounded by starting over.
+// primitive takes 0.3 ms to make and holds up to a megabyte, so more than one micro-batch needs are kept, not many
+// more, and the library, which would keep a thousand for itself, keeps none. Bounded by starting over.
 struct CpuBackend::MatrixProducts {
   using Key = std::array<int64_t, 13>;
   struct Product {
@@ -108,8 +108,8 @@ struct CpuBackend::MatrixProducts {
 
   MatrixProducts() { dnnl::set_primitive_cache_capacity(0); }
 
-  // bf16 weights that many rows pass are packed first, once for the whole product: otherwise it does so in pieces, over
-  // and over. One buffer serves all; a weight of more than 64 MiB stays as it lies.
+  // bf16 weights that many rows pass are packed first, once for the whole product: otherwise oneDNN does so in pieces,
+  // over and over. One buffer serves all; a weight of more than 64 MiB stays as it lies.
   static bool packs(const Matrix& c, const Matrix& b, bool accumulate) {
     return b.dtype == DType::bf16 && !accumulate && c.rows >= 512 && b.rows * b.columns <= int64_t{1} << 25;
   }

@@ -13,8 +13,8 @@
 
 namespace orpo::cpu {
 
-inline constexpr int block_rows =
-    vector_bytes == 64 ? 8 : 4;  // a register block's sums, words of b and a stay in registers
+// Rows of a register block: its sums, words of b and one of a stay in registers.
+inline constexpr int block_rows = vector_bytes == 64 ? 8 : 4;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
@@ -136,6 +136,7 @@ inline const uint32_t* pair_rows(uint32_t* to, const bf16* rows, int64_t count, 
 
 // ---- products
 
+// A register block of multiply_tile: block_rows rows of c, Vectors vectors wide.
 template <class A, class W, int Vectors>
 inline void multiply_block(A* c, int64_t c_pitch, const W* a, int64_t a_row, int64_t a_column, const W* b,
                            int64_t b_pitch, int64_t depth, bool accumulate) {
@@ -174,8 +175,7 @@ void multiply_tile(A* c, int64_t c_pitch, const W* a, int64_t a_row, int64_t a_c
     return Vectors * lanes<A>;
   };
   for (int64_t j = 0; j < columns;) {
-    const int64_t left =
-        (columns - j + lanes<A> - 1) / lanes<A>;  // vectors; four go as two and two, a single one is slow
+    const int64_t left = (columns - j + lanes<A> - 1) / lanes<A>;  // vectors; four go as two and two: one alone is slow
     if (left == 3 || left > 4)
       j += blocks(j, std::integral_constant<int, 3>{});
     else if (left >= 2)
