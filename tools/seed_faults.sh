@@ -1,18 +1,24 @@
 #!/bin/bash
 # Puts each fault of tests/FAULTS.md into a copy of the tree and demands that the named tests fail there. Prints
 # `N passed, N failed`: a fault that no test notices is a failure of the tests.
-# Usage: tools/seed_faults.sh [PATTERN]     only faults whose name contains PATTERN
+# Usage: tools/seed_faults.sh [PATTERN]     only faults whose name contains PATTERN; JOBS=N copies at a time (a core each)
 set -uo pipefail
 cd "$(dirname "$0")/.."
-copy=build/faults
+pattern=${1:-}
+jobs=${JOBS:-$(nproc)}
+worker=${WORKER:-}  # set in the processes that this script starts of itself: takes every jobs-th fault
+copy=build/faults/${worker:-0}
 passed=0 failed=0
 
 # The tree and what is built of it, without results; time stamps kept, so that only what a fault changes is built again.
-mkdir -p $copy/build
-tar -cf - --exclude=./build --exclude=./out --exclude=./.git . | tar -xf - -C $copy
-[[ ! -d build/release ]] || cp -a build/release build/.packages $copy/build/
+if [[ -z $worker ]]; then
+  rm -rf build/faults
+  mkdir -p $copy/build
+  tar -cf - --exclude=./build --exclude=./out --exclude=./.git . | tar -xf - -C $copy
+  [[ ! -d build/release ]] || cp -a build/release build/.packages $copy/build/
+fi
 # What a fault touches is compiled quickly rather than well: the tests ask for right or wrong.
-build() { make -s -C $copy flags.release='-O1 -g0' all build/release/orpo_tests >$copy/log 2>&1; }
+build() { make -s -j2 -C $copy flags.release='-O1 -g0' all build/release/orpo_tests >$copy/log 2>&1; }
 # The objective is included everywhere, by way of backend.h, and used in few places. Those alone are built anew: its time
 # stamp stays what it was, and the objects go of every source that names one of its functions or includes a header that does.
 touch_users() {
@@ -20,27 +26,38 @@ touch_users() {
   touch -r "$copy/unbroken" "$copy/src/objective.h"
   names=$(grep -oE 'inline \w+ \w+\(' "$copy/src/objective.h" | awk '{print $3}' | tr -d '(' | grep -vx 'preference\|sigmoid' |
     paste -sd'|')  # two names that others have too; who uses them uses another one as well
-  users=$(cd $copy && grep -lE "\b($names)\(" -r src data tests)
+  users=$(cd $copy && grep -lE "\b($names)\(" -r src data tests cuda)
   headers=$(echo "$users" | grep '\.h$' | grep -v objective.h | paste -sd'|')
-  users+=$'\n'$(cd $copy && grep -lE "include \"(${headers:-none})\"" -r src data tests)
-  for user in $(echo "$users" | grep '\.cpp$' | sort -u); do rm -f "$copy/build/release/${user%.cpp}.o"; done
+  users+=$'\n'$(cd $copy && grep -lE "include \"(${headers:-none})\"" -r src data tests cuda)
+  for user in $(echo "$users" | grep -E "\.(cpp|cu)$" | sort -u); do rm -f "$copy/build/release/${user%.*}.o"; done
 }
 run_tests() { (cd $copy && timeout 600 build/release/orpo_tests --test-case="$1" >log 2>&1); }
 rows() { grep -E '^\| [a-z]' tests/FAULTS.md | grep -v '^| fault '; }
 
-echo "the unbroken copy"
-all_tests=$(rows | cut -d'|' -f5 | sed 's/^ *`//; s/` *$//' | paste -sd,)
-if ! build || ! run_tests "$all_tests"; then
-  tail -n 20 $copy/log
-  echo "0 passed, 1 failed"
-  exit 1
+if [[ -z $worker ]]; then
+  echo "the unbroken copy"
+  all_tests=$(rows | cut -d'|' -f5 | sed 's/^ *`//; s/` *$//' | paste -sd,)
+  if ! build || ! run_tests "$all_tests"; then
+    tail -n 20 $copy/log
+    echo "0 passed, 1 failed"
+    exit 1
+  fi
+  for ((w = 1; w < jobs; ++w)); do cp -a build/faults/0 build/faults/$w; done
+  for ((w = 0; w < jobs; ++w)); do
+    WORKER=$w JOBS=$jobs OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} "$0" "$pattern" | tee build/faults/result.$w | grep -v ' passed, ' &
+  done
+  wait
+  awk '/ passed, / { p += $1; f += $3; n += 1 } END { print p + 0 " passed, " f + 0 " failed"; exit !(f == 0 && n == '"$jobs"') }' build/faults/result.*
+  exit
 fi
 
 # Rows of the table in FAULTS.md: | name | file | sed expression | tests (doctest pattern) |
+number=0
 while IFS='|' read -r _ name file expression tests _; do
   name=$(echo "$name" | sed "s|^ *||; s| *$||") file=$(echo "$file" | tr -d ' `') tests=$(echo "$tests" | sed 's/^ *`//; s/` *$//')
   expression=$(echo "$expression" | sed 's/^ *`//; s/` *$//')
-  [[ -n ${1:-} && $name != *"$1"* ]] && continue
+  [[ $name == *"$pattern"* ]] || continue
+  ((number++ % jobs == worker)) || continue
   cp -p "$copy/$file" "$copy/unbroken"
   sed -i "$expression" "$copy/$file"
   if cmp -s "$copy/$file" "$copy/unbroken"; then
@@ -57,6 +74,5 @@ while IFS='|' read -r _ name file expression tests _; do
   cp -p "$copy/unbroken" "$copy/$file"
   if [[ $file == src/objective.h ]]; then touch_users; else touch "$copy/$file"; fi
 done < <(rows)
-build
 echo "$passed passed, $failed failed"
 [[ $failed == 0 ]]
