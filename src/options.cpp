@@ -222,7 +222,7 @@ std::vector<Option> build_table() {
       "token rows computed at a time: memory and speed, not results")
       .shown_as("auto");
   add(train, flag("recompute", &O::recompute),
-      "keep each layer's input alone and compute the rest again: less memory, a fifth more time, the same results");
+      "keep each layer's input alone and compute the rest again: less memory, a tenth more time, the same results");
   add(train | eval | bench,
       choice<DTypeChoice>("dtype", &O::dtype,
                           {{"auto", DTypeChoice::automatic}, {"bf16", DTypeChoice::bf16}, {"fp32", DTypeChoice::fp32}}),
