@@ -61,7 +61,7 @@ void CudaBackend::activation_forward(const Tensor& out, const Tensor& gate_up) {
     using T = decltype(zero);
     with_constant(rows_aligned({&out, &gate_up}), [&](auto aligned) {
       const int64_t rows = out.rows(), width = out.columns(), groups = (width + wide<T> - 1) / wide<T>;
-      launch(activation_forward_kernel<aligned(), T>, blocks_for(rows * groups, threads), threads, 0, nullptr,
+      launch(activation_forward_kernel<aligned(), T>, blocks_for(rows * groups, threads), threads, 0, compute_,
              out.as<T>(), gate_up.as<const T>(), rows, width, groups);
     });
   });
@@ -75,7 +75,7 @@ void CudaBackend::activation_backward(const Tensor& dgate_up, const Tensor& out,
     using T = decltype(zero);
     with_constant(rows_aligned({&dgate_up, &out, &dout, &gate_up}), [&](auto aligned) {
       const int64_t rows = dout.rows(), width = dout.columns(), groups = (width + wide<T> - 1) / wide<T>;
-      launch(activation_backward_kernel<aligned(), T>, blocks_for(rows * groups, threads), threads, 0, nullptr,
+      launch(activation_backward_kernel<aligned(), T>, blocks_for(rows * groups, threads), threads, 0, compute_,
              dgate_up.as<T>(), out ? out.as<T>() : nullptr, dout.as<const T>(), gate_up.as<const T>(), rows, width,
              groups);
     });

@@ -120,12 +120,12 @@ std::vector<double> CudaBackend::sums_of_squares(std::span<const Tensor> gradien
       using T = decltype(zero);
       if (blocks > 0)
         launch(starts_aligned({&g}) ? squares_kernel<true, T> : squares_kernel<false, T>, static_cast<unsigned>(blocks),
-               threads, 0, nullptr, partials, g.as<const T>(), g.elements());
+               threads, 0, compute_, partials, g.as<const T>(), g.elements());
     });
-    launch(total_kernel, 1, threads, 0, nullptr, totals + i, partials, blocks);
+    launch(total_kernel, 1, threads, 0, compute_, totals + i, partials, blocks);
   }
-  gpu_download(sums.data(), totals, static_cast<int64_t>(sums.size() * sizeof(double)), nullptr);
-  gpu_wait(nullptr);
+  gpu_download(sums.data(), totals, static_cast<int64_t>(sums.size() * sizeof(double)), compute_);
+  gpu_wait(compute_);
   return sums;
 }
 
@@ -138,7 +138,7 @@ void CudaBackend::adamw(std::span<const AdamWTensors> list, const AdamW& setting
       using T = decltype(zero);
       const bool aligned = starts_aligned({&p.weight, &p.first, &p.second, &p.gradient});
       launch(aligned ? adamw_kernel<true, T> : adamw_kernel<false, T>, blocks_for(count, threads * master_entries),
-             threads, 0, nullptr, p.weight.as<T>(), p.correction ? p.correction.as<int16_t>() : nullptr,
+             threads, 0, compute_, p.weight.as<T>(), p.correction ? p.correction.as<int16_t>() : nullptr,
              p.first.as<float>(), p.second.as<float>(), p.gradient.as<const float>(), count,
              step_of(settings, p.decays));
     });

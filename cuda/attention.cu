@@ -243,18 +243,18 @@ void CudaBackend::attention_forward(const Tensor& out, const Tensor& lse, const 
   static_assert(sizeof(Segment) == 4 * sizeof(int32_t));
   QueryTile* tiles = scratch<QueryTile>(most + 1);
   auto* tile_count = reinterpret_cast<int32_t*>(tiles + most);
-  launch(list_tiles_kernel, 1, 32, 0, nullptr, tiles, tile_count,
+  launch(list_tiles_kernel, 1, 32, 0, compute_, tiles, tile_count,
          reinterpret_cast<const Segment*>(batch.segments.as<const int32_t>()), segments, rows, refused_);
   if (most == 0) return;
   const dim3 grid(static_cast<unsigned>(most), static_cast<unsigned>(shape.heads));
   with_head_size(shape.head_dim, [&](auto d) {
     if (qkv.dtype == DType::f32)
-      return launch(attention_forward_fp32_kernel, grid, threads, 0, nullptr, out.as<float>(), lse.as<float>(),
+      return launch(attention_forward_fp32_kernel, grid, threads, 0, compute_, out.as<float>(), lse.as<float>(),
                     qkv.as<const float>(), tiles, tile_count, at);
     const bool aligned = rows_aligned({&qkv, &out}) && shape.head_dim % 8 == 0;
     constexpr size_t shared_rows = query_rows + 2 * key_rows_of<d()>;
     launch(aligned ? attention_forward_kernel<d(), true> : attention_forward_kernel<d(), false>, grid, threads,
-           shared_rows * pitch_of<d()> * sizeof(bf16), nullptr, out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(),
+           shared_rows * pitch_of<d()> * sizeof(bf16), compute_, out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(),
            tiles, tile_count, at);
   });
 }

@@ -5,7 +5,11 @@
 
 #include "src/backend.h"
 
+struct CUstream_st;  // what cudaStream_t points to
+
 namespace orpo {
+
+using GpuStream = CUstream_st*;
 
 // What the device found that the host could not see when it launched: an index out of range. Kernels skip what they
 // refuse and note one such case; synchronize() throws it as the MachineError that the CPU backend throws at once.
@@ -74,7 +78,8 @@ class CudaBackend {
   }
   void* reserve_scratch(int64_t bytes);
 
-  Refused* refused_;  // on the device
+  GpuStream compute_ = nullptr;  // what every kernel runs on
+  Refused* refused_;             // on the device
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
 };

@@ -7,11 +7,9 @@
 #include <cstdint>
 #include <utility>
 
-#include "src/tensor.h"
+#include "cuda/backend.h"
 
 namespace orpo {
-
-using GpuStream = cudaStream_t;
 
 #define SHARED(T, name, dimensions) __shared__ __align__(128) T name dimensions
 #define DYN_SHARED(T, name)                                         \

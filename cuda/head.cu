@@ -7,15 +7,17 @@ namespace orpo {
 
 void CudaBackend::gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) {
   shapes::row_list("gather", out, in, target_rows);
-  with_gpu_dtype("gather", out.dtype,
-                 [&](auto zero) { copy_rows<decltype(zero)>(out, in, target_rows, refused_, Refused::gather); });
+  with_gpu_dtype("gather", out.dtype, [&](auto zero) {
+    copy_rows<decltype(zero)>(compute_, out, in, target_rows, refused_, Refused::gather);
+  });
 }
 
 void CudaBackend::scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows) {
   shapes::row_list("scatter_add", din, dout, target_rows);
   with_gpu_dtype("scatter_add", din.dtype, [&](auto zero) {
     using T = decltype(zero);
-    add_rows<T, T>(dout, din, target_rows, -1, scratch<int32_t>(2 * din.rows()), refused_, Refused::scatter_add);
+    add_rows<T, T>(compute_, dout, din, target_rows, -1, scratch<int32_t>(2 * din.rows()), refused_,
+                   Refused::scatter_add);
   });
 }
 
@@ -69,7 +71,7 @@ void CudaBackend::head_forward(const Tensor& logp, const Tensor& lse, const Tens
   shapes::head_forward("head_forward", logp, lse, logits, target_tokens);
   if (logits.rows() == 0) return;
   launch(four_at_once(logits) ? log_probability_kernel<true> : log_probability_kernel<false>,
-         static_cast<unsigned>(logits.rows()), threads, 0, nullptr, logp.as<float>(), lse.as<float>(),
+         static_cast<unsigned>(logits.rows()), threads, 0, compute_, logp.as<float>(), lse.as<float>(),
          logits.as<const float>(), logits.pitch(), logits.columns(), target_tokens.as<const int32_t>(), refused_);
 }
 
@@ -129,10 +131,10 @@ void CudaBackend::preference(PairResult* results, const Tensor& coefficient, con
   PairResult* found = scratch<PairResult>(pairs);
   const double nll = normalisers.nll_tokens > 0 ? 1 / normalisers.nll_tokens : 0;
   const double weight = normalisers.pairs > 0 ? preference_weight(objective, lambda) / normalisers.pairs : 0;
-  launch(preference_kernel, static_cast<unsigned>(pairs), 32, 0, nullptr, found, coefficient.as<float>(),
+  launch(preference_kernel, static_cast<unsigned>(pairs), 32, 0, compute_, found, coefficient.as<float>(),
          logp.as<const float>(), reinterpret_cast<const PairTargets*>(pair_targets.as<const int32_t>()),
          logp.elements(), objective, nll, weight, nll_includes_prompt, refused_);
-  gpu_download(results, found, pairs * static_cast<int64_t>(sizeof(PairResult)), nullptr);
+  gpu_download(results, found, pairs * static_cast<int64_t>(sizeof(PairResult)), compute_);
 }
 
 namespace {
@@ -172,7 +174,7 @@ void CudaBackend::head_backward(const Tensor& dlogits, const Tensor& logits, con
     using T = decltype(zero);
     const bool fours = four_at_once(logits) && four_at_once(dlogits);
     launch(fours ? softmax_gradient_kernel<true, T> : softmax_gradient_kernel<false, T>,
-           static_cast<unsigned>(logits.rows()), threads, 0, nullptr, dlogits.as<T>(), dlogits.pitch(),
+           static_cast<unsigned>(logits.rows()), threads, 0, compute_, dlogits.as<T>(), dlogits.pitch(),
            logits.as<const float>(), logits.pitch(), logits.columns(), lse.as<const float>(), logp.as<const float>(),
            coefficient.as<const float>(), target_tokens.as<const int32_t>(), refused_);
   });

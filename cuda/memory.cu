@@ -4,7 +4,7 @@
 namespace orpo {
 
 CudaBackend::CudaBackend() : refused_(static_cast<Refused*>(gpu_allocate(sizeof(Refused)))) {
-  gpu_zero(refused_, sizeof(Refused), nullptr);
+  gpu_zero(refused_, sizeof(Refused), compute_);
 }
 
 CudaBackend::~CudaBackend() {
@@ -17,7 +17,7 @@ void CudaBackend::release(void* memory, int64_t) { gpu_release(memory); }
 
 void* CudaBackend::reserve_scratch(int64_t bytes) {
   if (bytes <= scratch_bytes_) return scratch_;
-  gpu_wait(nullptr);
+  gpu_wait(compute_);
   gpu_release(scratch_);
   scratch_bytes_ = 0;
   scratch_ = gpu_allocate(bytes);
@@ -26,13 +26,13 @@ void* CudaBackend::reserve_scratch(int64_t bytes) {
 }
 
 void CudaBackend::upload(const Tensor& device, const void* host) {
-  gpu_upload(device.data, host, device.bytes(), nullptr);
+  gpu_upload(device.data, host, device.bytes(), compute_);
 }
 void CudaBackend::download(void* host, const Tensor& device) {
-  gpu_download(host, device.data, device.bytes(), nullptr);
-  gpu_wait(nullptr);
+  gpu_download(host, device.data, device.bytes(), compute_);
+  gpu_wait(compute_);
 }
-void CudaBackend::zero(const Tensor& x) { gpu_zero(x.data, x.bytes(), nullptr); }
+void CudaBackend::zero(const Tensor& x) { gpu_zero(x.data, x.bytes(), compute_); }
 
 namespace {
 
@@ -75,10 +75,10 @@ Message message_of(Refused::Kind kind) {
 
 void CudaBackend::synchronize() {
   Refused refused;
-  gpu_download(&refused, refused_, sizeof refused, nullptr);
-  gpu_wait(nullptr);
+  gpu_download(&refused, refused_, sizeof refused, compute_);
+  gpu_wait(compute_);
   if (refused.kind == Refused::nothing) return;
-  gpu_zero(refused_, sizeof(Refused), nullptr);
+  gpu_zero(refused_, sizeof(Refused), compute_);
   const Message message = message_of(static_cast<Refused::Kind>(refused.kind));
   const auto n = [&](int i) { return static_cast<long long>(refused.numbers.n[i]); };
   char text[200];

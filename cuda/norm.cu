@@ -47,7 +47,7 @@ void CudaBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tenso
   with_gpu_dtype("norm_forward", out.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_constant(rows_aligned({&out, &sum, &residual, &branch, &weight}), [&](auto aligned) {
-      launch(norm_forward_kernel<aligned(), T>, static_cast<unsigned>(out.rows()), threads, 0, nullptr, out.as<T>(),
+      launch(norm_forward_kernel<aligned(), T>, static_cast<unsigned>(out.rows()), threads, 0, compute_, out.as<T>(),
              sum.as<T>(), rstd.as<float>(), residual.as<const T>(), branch ? branch.as<const T>() : nullptr,
              weight.as<const T>(), out.columns(), static_cast<float>(epsilon));
     });
@@ -133,12 +133,12 @@ void CudaBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const
     using T = decltype(zero);
     with_constant(rows_aligned({&dsum, &out, &dout, &sum, &weight}), [&](auto aligned) {
       launch(norm_backward_kernel<aligned(), T>, static_cast<unsigned>(blocks), threads,
-             in_shared_memory ? static_cast<size_t>(column_bytes) : 0, nullptr, dsum.as<T>(), partials,
+             in_shared_memory ? static_cast<size_t>(column_bytes) : 0, compute_, dsum.as<T>(), partials,
              out ? out.as<T>() : nullptr, dout.as<const T>(), sum.as<const T>(), rstd.as<const float>(),
              weight.as<const T>(), rows, width, in_shared_memory);
     });
   });
-  launch(add_partials_kernel, blocks_for(width, threads), threads, 0, nullptr, dweight.as<float>(), partials, blocks,
+  launch(add_partials_kernel, blocks_for(width, threads), threads, 0, compute_, dweight.as<float>(), partials, blocks,
          width);
 }
 

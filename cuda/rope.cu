@@ -40,8 +40,8 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
   }
 }
 
-void rotate(const char* op, const Tensor& qkv, const Tensor& positions, const RopeShape& shape, float direction,
-            Refused* refused, Refused::Kind kind) {
+void rotate(const char* op, GpuStream stream, const Tensor& qkv, const Tensor& positions, const RopeShape& shape,
+            float direction, Refused* refused, Refused::Kind kind) {
   shapes::rope(op, qkv, positions, shape);
   const int half = shape.rotary_dim / 2;
   if (qkv.rows() == 0 || half == 0) return;
@@ -49,7 +49,7 @@ void rotate(const char* op, const Tensor& qkv, const Tensor& positions, const Ro
     using T = decltype(zero);
     const bool aligned = rows_aligned({&qkv}) && shape.head_dim % wide<T> == 0 && half % wide<T> == 0;
     launch(aligned ? rotate_kernel<true, T> : rotate_kernel<false, T>, static_cast<unsigned>(qkv.rows()), threads,
-           2 * half * sizeof(float), nullptr, qkv.as<T>(), positions.as<const int32_t>(), shape.heads + shape.kv_heads,
+           2 * half * sizeof(float), stream, qkv.as<T>(), positions.as<const int32_t>(), shape.heads + shape.kv_heads,
            int64_t{shape.head_dim}, qkv.columns(), half, shape.theta, direction, refused, kind);
   });
 }
@@ -57,11 +57,11 @@ void rotate(const char* op, const Tensor& qkv, const Tensor& positions, const Ro
 }  // namespace
 
 void CudaBackend::rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) {
-  rotate("rope_forward", qkv, positions, shape, 1, refused_, Refused::rope_forward);
+  rotate("rope_forward", compute_, qkv, positions, shape, 1, refused_, Refused::rope_forward);
 }
 
 void CudaBackend::rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape) {
-  rotate("rope_backward", dqkv, positions, shape, -1, refused_, Refused::rope_backward);
+  rotate("rope_backward", compute_, dqkv, positions, shape, -1, refused_, Refused::rope_backward);
 }
 
 }  // namespace orpo

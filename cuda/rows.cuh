@@ -65,26 +65,27 @@ __global__ void add_rows_kernel(To* table, const From* rows, const int32_t* indi
 
 // The launches that embedding and head share. A list has less than 2^31 rows.
 
-template <class T>
-void copy_rows(const Tensor& out, const Tensor& table, const Tensor& indices, Refused* refused, Refused::Kind kind) {
+template <class T> void copy_rows(GpuStream stream, const Tensor& out, const Tensor& table, const Tensor& indices,
+                                  Refused* refused, Refused::Kind kind) {
   if (out.elements() == 0) return;
   with_constant(rows_aligned({&out, &table}), [&](auto aligned) {
-    launch(copy_rows_kernel<aligned(), T>, static_cast<unsigned>(out.rows()), row_threads, 0, nullptr, out.as<T>(),
+    launch(copy_rows_kernel<aligned(), T>, static_cast<unsigned>(out.rows()), row_threads, 0, stream, out.as<T>(),
            table.as<const T>(), indices.as<const int32_t>(), out.columns(), table.rows(), refused, kind);
   });
 }
 
 // chains: scratch of two int32 a row.
-template <class To, class From> void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices,
-                                              int64_t left_out, int32_t* chains, Refused* refused, Refused::Kind kind) {
+template <class To, class From> void add_rows(GpuStream stream, const Tensor& table, const Tensor& rows,
+                                              const Tensor& indices, int64_t left_out, int32_t* chains,
+                                              Refused* refused, Refused::Kind kind) {
   const int64_t count = rows.rows(), width = rows.columns();
   if (rows.elements() == 0) return;
   int32_t *next = chains, *first = chains + count;
-  launch(chain_rows_kernel, blocks_for(count, row_threads / 32), row_threads, 0, nullptr, next, first,
+  launch(chain_rows_kernel, blocks_for(count, row_threads / 32), row_threads, 0, stream, next, first,
          indices.as<const int32_t>(), static_cast<int32_t>(count), left_out, table.rows(), refused, kind);
   with_constant(rows_aligned({&table, &rows}), [&](auto aligned) {
     launch(add_rows_kernel<aligned(), To, From>,
-           dim3(static_cast<unsigned>(count), blocks_for(width, row_threads * wide<From>)), row_threads, 0, nullptr,
+           dim3(static_cast<unsigned>(count), blocks_for(width, row_threads * wide<From>)), row_threads, 0, stream,
            table.as<To>(), rows.as<const From>(), indices.as<const int32_t>(), next, first, width);
   });
 }

@@ -4,6 +4,7 @@
 #include <tuple>
 #include <utility>
 
+#include "cuda/backend.h"
 #include "cuda/emulator/engine.h"
 #include "src/fail.h"
 

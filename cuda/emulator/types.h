@@ -38,8 +38,6 @@ constexpr int warpSize = 32;
 
 namespace orpo {
 
-using GpuStream = void*;  // work is done when launch() returns
-
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
