@@ -20,7 +20,9 @@ struct Refused {
   enum Kind : int32_t {
     nothing,
     embedding_forward,
+    embedding_forward_position,
     embedding_backward,
+    embedding_backward_position,
     rope_forward,
     rope_backward,
     attention_segment,
@@ -49,18 +51,23 @@ class CudaBackend {
   void zero(const Tensor& x);
   void synchronize();
 
-  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens);
-  void embedding_backward(const Tensor& dweight, const Tensor& dout, const Tensor& tokens, int64_t padding);
-  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& rstd, const Tensor& residual,
-                    const Tensor& branch, const Tensor& weight, double epsilon);
-  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& out, const Tensor& dout,
-                     const Tensor& sum, const Tensor& rstd, const Tensor& weight);
+  void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
+                         const Tensor& positions);
+  void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
+                          const Tensor& tokens, const Tensor& positions, int64_t padding);
+  void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                    const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
+                    double epsilon);
+  void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
+                     const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+                     const Tensor& weight, const Tensor& bias);
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape);
   void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape);
   void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
                          const AttentionShape& shape);
-  void activation_forward(const Tensor& out, const Tensor& gate_up);
-  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up);
+  void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation);
+  void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
+                           Activation activation);
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows);
   void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows);
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens);

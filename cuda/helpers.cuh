@@ -93,29 +93,35 @@ __device__ __forceinline__ void store(T* p, const float (&v)[N], int64_t count) 
     if (i < count) p[i] = from_float<T>(v[i]);
 }
 
-// Sums over a block of `threads`, the same in every thread, in a fixed order: a butterfly in each warp, then one over
-// the warps' sums. All threads call it.
-template <int threads, class T> __device__ __forceinline__ T block_sum(T value) {
+// values[i] over a block of `threads`, the same in every thread, in a fixed order: over_warp in each warp, then over the
+// warps' results. All threads call it. neutral: what changes no result.
+template <int threads, int n, class T, class OverWarp>
+__device__ __forceinline__ void block_reduce(T (&values)[n], T neutral, OverWarp over_warp) {
   static_assert(threads % 32 == 0 && threads <= 1024);
-  SHARED(T, warps, [threads / 32]);
+  SHARED(T, warps, [n][threads / 32]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  value = warp_sum(value);
-  if (lane == 0) warps[warp] = value;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    values[i] = over_warp(values[i]);
+    if (lane == 0) warps[i][warp] = values[i];
+  }
   __syncthreads();
-  value = warp_sum(lane < threads / 32 ? warps[lane] : T(0));
+#pragma unroll
+  for (int i = 0; i < n; ++i) values[i] = over_warp(lane < threads / 32 ? warps[i][lane] : neutral);
   __syncthreads();  // the next call writes warps again
-  return value;
+}
+template <int threads, int n, class T> __device__ __forceinline__ void block_sums(T (&values)[n]) {
+  block_reduce<threads>(values, T(0), [](T value) { return warp_sum(value); });
+}
+template <int threads, class T> __device__ __forceinline__ T block_sum(T value) {
+  T values[1] = {value};
+  block_sums<threads>(values);
+  return values[0];
 }
 template <int threads> __device__ __forceinline__ float block_max(float value) {
-  static_assert(threads % 32 == 0 && threads <= 1024);
-  SHARED(float, warps, [threads / 32]);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  value = warp_max(value);
-  if (lane == 0) warps[warp] = value;
-  __syncthreads();
-  value = warp_max(lane < threads / 32 ? warps[lane] : -INFINITY);
-  __syncthreads();
-  return value;
+  float values[1] = {value};
+  block_reduce<threads>(values, -INFINITY, [](float v) { return warp_max(v); });
+  return values[0];
 }
 
 // Notes that an operation refuses something; of several, one is kept.

@@ -44,8 +44,12 @@ Message message_of(Refused::Kind kind) {
   switch (kind) {
     case Refused::embedding_forward:
       return {"embedding_forward", "tokens of the table; token %lld is %lld of %lld"};
+    case Refused::embedding_forward_position:
+      return {"embedding_forward", "positions of the table; position %lld is %lld of %lld"};
     case Refused::embedding_backward:
       return {"embedding_backward", "tokens of the table; token %lld is %lld of %lld"};
+    case Refused::embedding_backward_position:
+      return {"embedding_backward", "positions of the table; position %lld is %lld of %lld"};
     case Refused::rope_forward:
       return {"rope_forward", "positions from 0 on; row %lld's position is %lld"};
     case Refused::rope_backward:

@@ -5,10 +5,11 @@ namespace orpo {
 
 inline constexpr int row_threads = 128;
 
-// out[i] = table[indices[i]]; a block a row. A row whose index is not in [0, limit) is refused and left alone.
-template <bool aligned, class T> __global__ void copy_rows_kernel(T* out, const T* table, const int32_t* indices,
-                                                                  int64_t width, int64_t limit, Refused* refused,
-                                                                  Refused::Kind kind) {
+// out[i] = table[indices[i]], or += where `adding`; a block a row. A row whose index is not in [0, limit) is refused and
+// left alone.
+template <bool aligned, bool adding, class T>
+__global__ void copy_rows_kernel(T* out, const T* table, const int32_t* indices, int64_t width, int64_t limit,
+                                 Refused* refused, Refused::Kind kind) {
   constexpr int N = wide<T>;
   const int64_t row = blockIdx.x, index = indices[row];
   if (index < 0 || index >= limit) {
@@ -18,6 +19,12 @@ template <bool aligned, class T> __global__ void copy_rows_kernel(T* out, const 
   for (int64_t i = threadIdx.x * N; i < width; i += blockDim.x * N) {
     float v[N];
     load<aligned>(v, table + index * width + i, width - i);
+    if constexpr (adding) {
+      float old[N];
+      load<aligned>(old, out + row * width + i, width - i);
+#pragma unroll
+      for (int e = 0; e < N; ++e) v[e] += old[e];
+    }
     store<aligned>(out + row * width + i, v, width - i);
   }
 }
@@ -65,13 +72,18 @@ __global__ void add_rows_kernel(To* table, const From* rows, const int32_t* indi
 
 // The launches that embedding and head share. A list has less than 2^31 rows.
 
-template <class T> void copy_rows(GpuStream stream, const Tensor& out, const Tensor& table, const Tensor& indices,
-                                  Refused* refused, Refused::Kind kind) {
+template <class T, bool adding = false>
+void copy_rows(GpuStream stream, const Tensor& out, const Tensor& table, const Tensor& indices, Refused* refused,
+               Refused::Kind kind) {
   if (out.elements() == 0) return;
   with_constant(rows_aligned({&out, &table}), [&](auto aligned) {
-    launch(copy_rows_kernel<aligned(), T>, static_cast<unsigned>(out.rows()), row_threads, 0, stream, out.as<T>(),
-           table.as<const T>(), indices.as<const int32_t>(), out.columns(), table.rows(), refused, kind);
+    launch(copy_rows_kernel<aligned(), adding, T>, static_cast<unsigned>(out.rows()), row_threads, 0, stream,
+           out.as<T>(), table.as<const T>(), indices.as<const int32_t>(), out.columns(), table.rows(), refused, kind);
   });
+}
+template <class T> void add_to_rows(GpuStream stream, const Tensor& out, const Tensor& table, const Tensor& indices,
+                                    Refused* refused, Refused::Kind kind) {
+  copy_rows<T, true>(stream, out, table, indices, refused, kind);
 }
 
 // chains: scratch of two int32 a row.

@@ -6,8 +6,7 @@ namespace orpo::test {
 
 namespace {
 
-// Device memory is the host's here, so that the CPU computes what has no kernels yet, or kernels that lag behind
-// src/backend.h.
+// Device memory is the host's here, so that the CPU computes what has no kernels yet.
 class EmulatedBackend final : public Backend {
  public:
   explicit EmulatedBackend(const emulator::Settings& settings) { emulator::settings = settings; }
@@ -23,17 +22,13 @@ class EmulatedBackend final : public Backend {
   }
   void zero(const Tensor& x) override { gpu_.zero(x); }
   void synchronize() override { gpu_.synchronize(); }
-  // Learned positions have no kernels yet, nor have layer norms and activations without a gate.
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
                          const Tensor& positions) override {
-    if (position_weight) return cpu_->embedding_forward(out, weight, tokens, position_weight, positions);
-    gpu_.embedding_forward(out, weight, tokens);
+    gpu_.embedding_forward(out, weight, tokens, position_weight, positions);
   }
   void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
                           const Tensor& tokens, const Tensor& positions, int64_t padding) override {
-    if (dposition_weight)
-      return cpu_->embedding_backward(dweight, dposition_weight, dout, tokens, positions, padding);
-    gpu_.embedding_backward(dweight, dout, tokens, padding);
+    gpu_.embedding_backward(dweight, dposition_weight, dout, tokens, positions, padding);
   }
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
     cpu_->linear_forward(out, in, weight, bias);
@@ -45,15 +40,12 @@ class EmulatedBackend final : public Backend {
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                     const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
                     double epsilon) override {
-    if (mean || bias) return cpu_->norm_forward(out, sum, mean, rstd, residual, branch, weight, bias, epsilon);
-    gpu_.norm_forward(out, sum, rstd, residual, branch, weight, epsilon);
+    gpu_.norm_forward(out, sum, mean, rstd, residual, branch, weight, bias, epsilon);
   }
   void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
                      const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                      const Tensor& weight, const Tensor& bias) override {
-    if (mean || bias || dbias)
-      return cpu_->norm_backward(dsum, dweight, dbias, out, dout, sum, mean, rstd, weight, bias);
-    gpu_.norm_backward(dsum, dweight, out, dout, sum, rstd, weight);
+    gpu_.norm_backward(dsum, dweight, dbias, out, dout, sum, mean, rstd, weight, bias);
   }
   void rope_forward(const Tensor& qkv, const Tensor& positions, const RopeShape& shape) override {
     gpu_.rope_forward(qkv, positions, shape);
@@ -78,13 +70,11 @@ class EmulatedBackend final : public Backend {
     cpu_->attention_decode(out, qkv, keys, values, sequences, positions, shape);
   }
   void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation) override {
-    if (!is_gated(activation)) return cpu_->activation_forward(out, gate_up, activation);
-    gpu_.activation_forward(out, gate_up);
+    gpu_.activation_forward(out, gate_up, activation);
   }
   void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
                            Activation activation) override {
-    if (!is_gated(activation)) return cpu_->activation_backward(dgate_up, out, dout, gate_up, activation);
-    gpu_.activation_backward(dgate_up, out, dout, gate_up);
+    gpu_.activation_backward(dgate_up, out, dout, gate_up, activation);
   }
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) override {
     gpu_.gather(out, in, target_rows);

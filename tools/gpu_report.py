@@ -11,7 +11,7 @@ import sys
 
 def demangle(names):
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
-    clean = lambda s: re.sub(r"^void |orpo::|\(anonymous namespace\)::|\((?:bool|int)\)", "", s)
+    clean = lambda s: re.sub(r"^void |orpo::|\(anonymous namespace\)::|\((?:bool|int|orpo::Activation)\)", "", s)
     return dict(zip(names, (clean(s).split("(")[0] for s in plain)))
 
 

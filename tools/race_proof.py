@@ -21,16 +21,19 @@ import time
 
 # file, kernel, grid, dynamic shared bytes, parameters: '*name' a pointer (equal names: the same memory), else a number
 KERNELS = [
-    ("norm", "norm_forward_kernel<true, orpo::bf16>", 2, 0, "*out *sum *rstd *residual *branch *weight 4104 1e-5"),
-    ("norm", "norm_forward_kernel<false, float>", 2, 0, "*out *sum *rstd *residual *branch *weight 1027 1e-5"),
-    ("norm", "norm_backward_kernel<true, float>", 2, 1032 * 4,
-     "*dsum *partials *out *dout *sum *rstd *weight 5 1032 true"),
-    ("norm", "norm_backward_kernel<false, orpo::bf16>", 2, 0,
-     "*dsum *partials *dout *dout *sum *rstd *weight 5 2051 false"),
-    ("norm", "add_partials_kernel", 2, 0, "*dweight *partials 3 300"),
-    ("activation", "activation_forward_kernel<true, orpo::bf16>", 2, 0, "*out *gate_up 3 1000 125"),
-    ("activation", "activation_backward_kernel<true, orpo::bf16>", 2, 0, "*gate_up *dout *dout *gate_up 3 1000 125"),
-    ("activation", "activation_backward_kernel<false, float>", 2, 0, "*gate_up *dout *dout *gate_up 5 397 100"),
+    ("norm", "norm_forward_kernel<true, false, orpo::bf16>", 2, 0,
+     "*out *sum *mean *rstd *residual *branch *weight *bias 4104 1e-5"),
+    ("norm", "norm_forward_kernel<false, true, float>", 2, 0,
+     "*out *sum *mean *rstd *residual *branch *weight *bias 1027 1e-5"),
+    ("norm", "norm_backward_kernel<true, false, float>", 2, 1032 * 4,
+     "*dsum *partials *out *dout *sum *mean *rstd *weight *bias 5 1032 1032 false true"),
+    ("norm", "norm_backward_kernel<false, true, orpo::bf16>", 2, 0,
+     "*dsum *partials *dout *dout *sum *mean *rstd *weight *bias 5 2051 2056 true false"),
+    ("norm", "add_partials_kernel", 2, 0, "*dweight *dbias *partials 3 300 304"),
+    ("activation", "activation_forward_kernel<true, 0, orpo::bf16>", 2, 0, "*out *gate_up 3 1000 125"),
+    ("activation", "activation_forward_kernel<false, 1, float>", 2, 0, "*out *gate_up 3 1000 125"),
+    ("activation", "activation_backward_kernel<true, 0, orpo::bf16>", 2, 0, "*gate_up *dout *dout *gate_up 3 1000 125"),
+    ("activation", "activation_backward_kernel<false, 2, float>", 2, 0, "*gate_up *dout *dout *gate_up 5 397 100"),
     ("memory", "convert_kernel<true, orpo::bf16, float>", 2, 0, "*out *in 1027"),
     ("adamw", "squares_kernel<true, float>", 2, 0, "*partials *x 20000"),
     ("adamw", "total_kernel", 1, 0, "*total *partials 600"),
@@ -55,7 +58,7 @@ def find_entry(ptx, name):
     """The kernel's mangled name and the types of its parameters (u64, u32, f32, ...)."""
     entries = dict(re.findall(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)", ptx))
     plain = subprocess.run(["c++filt", *entries], capture_output=True, text=True).stdout.splitlines()
-    plain = [re.sub(r"\((?:int|bool)\)(?=[\w-])", "", p.replace("(anonymous namespace)::", "")) for p in plain]
+    plain = [re.sub(r"\((?:int|bool|orpo::Activation)\)(?=[\w-])", "", p.replace("(anonymous namespace)::", "")) for p in plain]
     plain = [p.split("(")[0].removeprefix("void ").removeprefix("orpo::") for p in plain]
     hits = [e for e, p in zip(entries, plain) if p == name]
     if len(hits) != 1:
