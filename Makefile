@@ -126,12 +126,13 @@ deps:
 rooms:
 	@tools/check_rooms.sh $(rooms)
 
-# Every kernel compiled for GPUs: registers and shared memory of each; a spill is an error. Needs nvcc, no GPU.
+# Every kernel compiled for GPUs: resources (a spill is an error), costs, and the step they add up to. nvcc, no GPU.
 NVCC     ?= nvcc
 gpu_logs := $(patsubst cuda/%.cu,build/gpu/%.log,$(wildcard cuda/*.cu))
 gpu_archs:= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
 gpu-report: $(gpu_logs)
 	@tools/gpu_report.py $^
+	@tools/step_model.py
 build/gpu/%.log: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h src/*.h)
 	@command -v $(NVCC) >/dev/null || { echo "no nvcc here: kernels run on the emulator only (make test)"; exit 2; }
 	@mkdir -p $(@D)
@@ -164,7 +165,7 @@ help:
 	@echo "make bench-llmc LLMC=DIR  speed beside llm.c's CPU program, from a clone of its repository"
 	@echo "make test-real  fetch SmolLM2-135M-Instruct and compare with the numbers TRL gave (Python, network)"
 	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
-	@echo "make gpu-report compile the kernels for sm_80 and sm_90a: registers, shared memory, no spills (nvcc, no GPU)"
+	@echo "make gpu-report compile the kernels for sm_80 and sm_90a: resources, costs, predicted steps (nvcc, no GPU)"
 	@echo "make race-proof prove kernels free of races (nvcc, Python, network once; no GPU)"
 	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
 

@@ -1,12 +1,24 @@
 #!/usr/bin/env python3
-"""What ptxas says of each kernel: registers, spills, shared memory. `make gpu-report` makes the logs.
+"""What can be known of the kernels without a GPU. `make gpu-report` compiles them and passes the logs.
 
-  gpu_report.py LOG...     LOG: stderr of nvcc -Xptxas -v for one or more architectures
+  gpu_report.py LOG...     LOG: stderr of nvcc -Xptxas -v for sm_80 and sm_90a
 
-Prints a table. Exit status 1 where a kernel spills registers or a log cannot be read."""
+First every kernel as ptxas sees it (registers, spills, shared memory) and how many blocks an SM holds; then what one
+launch does in training Mistral-7B and Phi-2 and its roofline time, the time that it cannot be faster than. Whole steps
+are tools/step_model.py's.
+
+Exit status 1 where a kernel spills registers or fits no SM, a log cannot be read, or tools/gpu/kernels.py does not know
+a kernel."""
 import re
 import subprocess
 import sys
+
+from gpu.costs import Job
+from gpu.kernels import KERNELS
+from gpu.machines import A100, H100, MACHINES
+from gpu.shapes import MISTRAL_7B, PAIRS, PHI_2
+
+JOBS = (Job(MISTRAL_7B, PAIRS), Job(PHI_2, PAIRS))
 
 
 def demangle(names):
@@ -15,9 +27,9 @@ def demangle(names):
     return dict(zip(names, (clean(s).split("(")[0] for s in plain)))
 
 
-def kernels(text):
-    """(kernel, architecture, registers, spilled bytes, shared bytes) in the order of the log. A file of host code alone
-    has none; ValueError where a log is not one of ptxas's, or does not say of a kernel what it should."""
+def parse(text):
+    """(mangled kernel, architecture, registers, spilled bytes, shared bytes) in the order of the log. A file of host
+    code alone has none; ValueError where a log is not one of ptxas's, or does not say of a kernel what it should."""
     if not re.search(r"^ptxas info +: \d+ bytes gmem", text, re.M):
         raise ValueError("not what ptxas -v prints")
     for entry in text.split("Compiling entry function ")[1:]:
@@ -30,22 +42,102 @@ def kernels(text):
         yield (name[1], name[2], int(registers[1]), int(spills[1]) + int(spills[2]), int(shared[1]) if shared else 0)
 
 
-def main():
-    bad = 0
-    rows = []
-    for path in sys.argv[1:]:
+def read(paths):
+    """({plain name: {architecture: (registers, spilled, shared)}}, complaints)"""
+    rows, complaints = [], []
+    for path in paths:
         try:
-            rows += kernels(open(path).read())
+            rows += parse(open(path).read())
         except ValueError as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            bad = 1
+            complaints.append(f"{path}: {error}")
     names = demangle(sorted({r[0] for r in rows}))
-    print(f"{'kernel':60} {'':8} {'registers':>9} {'spilled':>8} {'shared':>7}")
-    for name, arch, registers, spilled, shared in sorted(set(rows), key=lambda r: (names[r[0]], r[1])):
-        print(f"{names[name][:60]:60} {arch:8} {registers:9} {spilled:8} {shared:7}" + (" SPILLS" if spilled else ""))
-        bad |= spilled > 0
-    print(f"{len(names)} kernels, {len({r[0] for r in rows if r[3]})} spill")
-    return bad
+    kernels = {}
+    for name, arch, *numbers in rows:
+        kernels.setdefault(names[name], {})[arch] = tuple(numbers)
+    return kernels, complaints
 
 
-sys.exit(main())
+def split(name):
+    """copy_rows_kernel<true, float> -> its name and its template's arguments"""
+    base, _, rest = name.partition("<")
+    return base, [a.strip() for a in rest.rstrip(">").split(",")] if rest else []
+
+
+def resources(kernels):
+    """Prints the first table; returns complaints."""
+    complaints = []
+    print("Each kernel on sm_80 (A100) and sm_90a (H100). shared: static + dynamic bytes a block, the latter for Mistral-7B")
+    print("where it depends on the model; blocks and warps: what an SM holds, of 64 warps at most.")
+    print(f"  {'kernel':52} {'threads':>7} {'registers':>10} {'spilled':>8} {'shared':>15} {'blocks':>8} {'warps':>8}")
+    for name, found in sorted(kernels.items()):
+        base, args = split(name)
+        if base not in KERNELS:
+            complaints.append(f"{name}: not in the table of tools/gpu/kernels.py (threads, shared memory, FLOPs, bytes)")
+            continue
+        kernel = KERNELS[base]
+        dynamic = kernel.shared(args, JOBS[0])
+        columns = []
+        for machine in MACHINES:
+            if machine.arch not in found:
+                complaints.append(f"{name}: not compiled for {machine.arch}")
+                continue
+            registers, spilled, static = found[machine.arch]
+            blocks, warps = machine.occupancy(kernel.threads, registers, static + dynamic)
+            columns.append((registers, spilled, static, blocks, warps))
+            if spilled:
+                complaints.append(f"{name}: spills {spilled} bytes of registers on {machine.arch}")
+            if blocks == 0:
+                complaints.append(f"{name}: no block fits an SM of {machine.arch}")
+        if len(columns) == len(MACHINES):
+            pair = lambda i: " ".join(str(c[i]) for c in columns)
+            print(f"  {name:52} {kernel.threads:7} {pair(0):>10} {pair(1):>8} {f'{columns[0][2]} + {dynamic}':>15} "
+                  f"{pair(3):>8} {pair(4):>8}")
+    unused = sorted(set(KERNELS) - {split(name)[0] for name in kernels})
+    complaints += [f"{name}: in the table of tools/gpu/kernels.py, in no log" for name in unused]
+    return complaints
+
+
+def amount(x, unit):
+    for prefix in ("", "k", "M", "G", "T"):
+        if x < 1000:
+            return f"{x:.3g} {prefix}{unit}"
+        x /= 1000
+    return f"{x:.3g} P{unit}"
+
+
+def launches(kernels):
+    b = PAIRS
+    print(f"\nA launch in training: bf16, a micro-batch of {b.pairs} pairs ({b.prompt} prompt, {b.chosen} chosen, "
+          f"{b.rejected} rejected tokens), {b.rows:,} rows, {b.targets:,} targets;\nlogits in chunks of 128 MiB, the "
+          "optimizer's tensors dealt to 8 GPUs. times: a micro-batch (the optimizer's: a step).\nRoofline: the longer of "
+          f"bytes / {A100.hbm / 1e12:.2f} and {H100.hbm / 1e12:.2f} TB/s and FLOPs / {A100.bf16 / 1e12:.0f} and "
+          f"{H100.bf16 / 1e12:.0f} TFLOP/s of tensor cores, {A100.fp32 / 1e12:.1f} and {H100.fp32 / 1e12:.0f} of others.")
+    for job in JOBS:
+        print(f"\n  {job.model.name:52} {'times':>6} {'blocks':>7} {'FLOPs':>10} {'bytes':>9} "
+              f"{'A100 us':>8} {'H100 us':>8}")
+        for name in sorted(kernels):
+            base, args = split(name)
+            launch = KERNELS[base].work(args, job) if base in KERNELS else None
+            if launch is None:
+                continue
+            call, blocks = launch
+            times = [1e6 * max(call.bytes / m.hbm, call.tensor_flops / m.bf16 + call.flops / m.fp32) for m in MACHINES]
+            print(f"  {name:52} {call.count:6} {blocks:7,} {amount(call.flops + call.tensor_flops, 'F'):>10} "
+                  f"{amount(call.bytes, 'B'):>9} {times[0]:8.1f} {times[1]:8.1f}")
+        visible, tiles = job.batch.visible(), job.batch.tile_pairs(64, 64)
+        print(f"  attention's tiles of 64 x 64 multiply {tiles / visible:.2f} times the visible pairs, which alone count")
+
+
+def main():
+    kernels, complaints = read(sys.argv[1:])
+    complaints += resources(kernels)
+    launches(kernels)
+    spilling = sum(any(s for _, s, _ in found.values()) for found in kernels.values())
+    print(f"\n{len(kernels)} kernels, {spilling} spill")
+    for line in complaints:
+        print(line, file=sys.stderr)
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
