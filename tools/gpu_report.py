@@ -8,13 +8,13 @@ launch does in training Mistral-7B and Phi-2 and its roofline time, the time tha
 are tools/step_model.py's.
 
 Exit status 1 where a kernel spills registers or fits no SM, a log cannot be read, or tools/gpu/kernels.py does not know
-a kernel."""
+a kernel, or a step's operation has none."""
 import re
 import subprocess
 import sys
 
-from gpu.costs import Job
-from gpu.kernels import KERNELS
+from gpu.costs import Job, calls
+from gpu.kernels import ELSEWHERE, KERNELS
 from gpu.machines import A100, H100, MACHINES
 from gpu.shapes import MISTRAL_7B, PAIRS, PHI_2
 
@@ -66,13 +66,13 @@ def split(name):
 def resources(kernels):
     """Prints the first table; returns complaints."""
     complaints = []
-    print("Each kernel on sm_80 (A100) and sm_90a (H100). shared: static + dynamic bytes a block, the latter for Mistral-7B")
-    print("where it depends on the model; blocks and warps: what an SM holds, of 64 warps at most.")
+    print("Each kernel on sm_80 (A100) and sm_90a (H100). shared: static + dynamic bytes of a block, for Mistral-7B where")
+    print("they depend on the model; blocks and warps: what an SM holds, of 64 warps at most.")
     print(f"  {'kernel':52} {'threads':>7} {'registers':>10} {'spilled':>8} {'shared':>15} {'blocks':>8} {'warps':>8}")
     for name, found in sorted(kernels.items()):
         base, args = split(name)
         if base not in KERNELS:
-            complaints.append(f"{name}: not in the table of tools/gpu/kernels.py (threads, shared memory, FLOPs, bytes)")
+            complaints.append(f"{name}: not in the table of tools/gpu/kernels.py (threads, shared memory, costs)")
             continue
         kernel = KERNELS[base]
         dynamic = kernel.shared(args, JOBS[0])
@@ -97,41 +97,49 @@ def resources(kernels):
     return complaints
 
 
-def amount(x, unit):
-    for prefix in ("", "k", "M", "G", "T"):
-        if x < 1000:
-            return f"{x:.3g} {prefix}{unit}"
+def amount(x):
+    for prefix in " kMGT":
+        if x < 999.5:
+            return f"{x:.3g}{prefix}"
         x /= 1000
-    return f"{x:.3g} P{unit}"
+    return f"{x:.3g}P"
 
 
 def launches(kernels):
+    """Prints the second table; returns complaints."""
+    complaints = []
     b = PAIRS
+    tera = lambda x: f"{x / 1e12:.4g}"
     print(f"\nA launch in training: bf16, a micro-batch of {b.pairs} pairs ({b.prompt} prompt, {b.chosen} chosen, "
-          f"{b.rejected} rejected tokens), {b.rows:,} rows, {b.targets:,} targets;\nlogits in chunks of 128 MiB, the "
-          "optimizer's tensors dealt to 8 GPUs. times: a micro-batch (the optimizer's: a step).\nRoofline: the longer of "
-          f"bytes / {A100.hbm / 1e12:.2f} and {H100.hbm / 1e12:.2f} TB/s and FLOPs / {A100.bf16 / 1e12:.0f} and "
-          f"{H100.bf16 / 1e12:.0f} TFLOP/s of tensor cores, {A100.fp32 / 1e12:.1f} and {H100.fp32 / 1e12:.0f} of others.")
+          f"{b.rejected} rejected tokens), {b.rows:,} rows,\n{b.targets:,} targets; logits in chunks of 128 MiB, the "
+          "optimizer's tensors dealt to 8 GPUs. times: a micro-batch (optimizer: a step).\nRoofline: the longer of "
+          f"bytes / {tera(A100.hbm)} and {tera(H100.hbm)} TB/s and FLOPs / {tera(A100.bf16)} and {tera(H100.bf16)} "
+          f"TFLOP/s of tensor cores, {tera(A100.fp32)} and {tera(H100.fp32)} of others.")
     for job in JOBS:
-        print(f"\n  {job.model.name:52} {'times':>6} {'blocks':>7} {'FLOPs':>10} {'bytes':>9} "
-              f"{'A100 us':>8} {'H100 us':>8}")
+        print(f"\n  {job.model.name:35} {'kernel':42} {'times':>5} {'blocks':>7} {'FLOPs':>8} {'bytes':>8} "
+              f"{'A100 us':>7} {'H100 us':>7}")
+        done = set(ELSEWHERE)
         for name in sorted(kernels):
             base, args = split(name)
-            launch = KERNELS[base].work(args, job) if base in KERNELS else None
-            if launch is None:
-                continue
-            call, blocks = launch
-            times = [1e6 * max(call.bytes / m.hbm, call.tensor_flops / m.bf16 + call.flops / m.fp32) for m in MACHINES]
-            print(f"  {name:52} {call.count:6} {blocks:7,} {amount(call.flops + call.tensor_flops, 'F'):>10} "
-                  f"{amount(call.bytes, 'B'):>9} {times[0]:8.1f} {times[1]:8.1f}")
-        visible, tiles = job.batch.visible(), job.batch.tile_pairs(64, 64)
-        print(f"  attention's tiles of 64 x 64 multiply {tiles / visible:.2f} times the visible pairs, which alone count")
+            for what, call, blocks in KERNELS[base].works(args, job) if base in KERNELS else []:
+                done.add(what)
+                times = [1e6 * max(call.bytes / m.hbm, call.tensor_flops / m.bf16 + call.flops / m.fp32)
+                         for m in MACHINES]
+                flops = call.flops + call.tensor_flops
+                print(f"  {what:35} {name:42} {call.count:5} {blocks:7,} {amount(flops):>8} {amount(call.bytes):>8} "
+                      f"{times[0]:7.1f} {times[1]:7.1f}")
+        complaints += [f"{job.model.name}: no kernel launches {what} (tools/gpu/kernels.py)"
+                       for what, call in calls(job).items() if call.count and what not in done]
+        more = job.batch.tile_pairs(64, 64) / job.batch.visible()
+        print(f"  attention's tiles of 64 x 64 multiply {more:.2f} times the visible pairs, which alone count")
+    print("  not by kernels of ours: " + "; ".join(f"{what} ({why})" for what, why in ELSEWHERE.items()))
+    return complaints
 
 
 def main():
     kernels, complaints = read(sys.argv[1:])
     complaints += resources(kernels)
-    launches(kernels)
+    complaints += launches(kernels)
     spilling = sum(any(s for _, s, _ in found.values()) for found in kernels.values())
     print(f"\n{len(kernels)} kernels, {spilling} spill")
     for line in complaints:

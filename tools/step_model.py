@@ -24,14 +24,15 @@ def percent(x):
 
 
 def published():
-    print("\nPublished runs, tokens/s of 8 GPUs. alike: C++ and CUDA, fused as ours. The others are PyTorch, which moves")
-    print("more bytes than counted and gathers weights layer by layer (FSDP): the model, being ours, is above them.")
+    print("\nPublished runs, tokens/s of 8 GPUs. alike: C++ and CUDA, fused as ours. The others are PyTorch, which moves\n"
+          "more bytes than counted and gathers weights layer by layer (FSDP): the model, being ours, is above them.")
     print(f"  {'run':24} {'GPU':5} {'published':>10} {'predicted':>10} {'error':>7}   {'range':21} alike")
     for run in RUNS:
         low, mid, high = (step(run.job, rates(run.machine, run.attention, w)).rows_per_second
                           for w in ("low", "mid", "high"))
-        print(f"  {run.name:24} {run.machine.name[:4]:5} {run.tokens_per_second:10,.0f} {mid:10,.0f} "
-              f"{100 * (mid / run.tokens_per_second - 1):+6.1f}%   {low:9,.0f} to {high:9,.0f} {'yes' if run.alike else 'no'}")
+        error = 100 * (mid / run.tokens_per_second - 1)
+        print(f"  {run.name:24} {run.machine.name[:4]:5} {run.tokens_per_second:10,.0f} {mid:10,.0f} {error:+6.1f}%   "
+              f"{low:9,.0f} to {high:9,.0f} {'yes' if run.alike else 'no'}")
     print("  sources:")
     for source in dict.fromkeys(run.source for run in RUNS):
         print(f"    {source}")
@@ -43,8 +44,8 @@ def ours():
           f"{b.chosen} chosen and {b.rejected}\nrejected tokens, {b.rows:,} rows a micro-batch on each of 8 GPUs. "
           "Attention at FlashAttention-2's rates. Not written yet:\ncollectives; Phi-2's block. MFU against dense bf16 "
           "peak, useful FLOPs only.")
-    print(f"  {'model':10} {'GPU':4} {'pairs a step':>12} {'step s':>7} {'tokens/s':>9} {'range':>19} {'MFU':>4} {'range':>9}"
-          "  where a step's time goes")
+    print(f"  {'model':10} {'GPU':4} {'pairs a step':>12} {'step s':>7} {'tokens/s':>9} {'range':>19} {'MFU':>4} "
+          f"{'range':>10}  where a step's time goes")
     for model in (MISTRAL_7B, PHI_2):
         for machine in MACHINES:
             for micros in (1, 8):
@@ -82,7 +83,8 @@ def steps_to_65():
 
 
 def distance():
-    print("\nWhat would close the distance to 65% of peak on the H100 (MFU, 64 and 512 pairs a step; fp8 against bf16's peak).")
+    print("\nWhat would close the distance to 65% of peak on the H100: MFU with 64 and 512 pairs a step, fp8's too of "
+          "bf16's peak.")
     print(f"  {'':88} {'Mistral-7B':>12} {'Phi-2':>12}")
     for name, (change_job, change_rates) in steps_to_65().items():
         shares = [percent(step(change_job(Job(model, PAIRS, micros)), change_rates(rates(H100))).mfu)

@@ -1,38 +1,48 @@
-"""Every kernel of cuda/: threads of a block, dynamic shared memory, and what a launch does in a training step. The one
-table that `make gpu-report` takes them from; a kernel that is not in it fails the report.
+"""Every kernel of cuda/: threads of a block, dynamic shared memory, and what its launches do in a training step. The
+one table that `make gpu-report` takes them from. A kernel that is not in it fails the report; so does an operation of a
+training step that no kernel launches and ELSEWHERE does not name.
 
-Kernel: threads; shared(args, job): dynamic bytes; work(args, job): a Call (costs.py) and its blocks, or None where a
-training step in bf16 with aligned rows does not launch that instance. args: the template's arguments as text."""
+Kernel: threads; shared(args, job): dynamic bytes; works(args, job): (what, Call of costs.py, blocks) of each launch of
+that instance in a training step in bf16 with aligned rows, or none. args: the template's arguments as text."""
 from dataclasses import dataclass
 from math import ceil
 from typing import Callable
 
 from .costs import Call, calls
 
+# Operations of a step that no kernel of ours launches.
+ELSEWHERE = {"zero": "the runtime's memset", "attention_backward": "no kernels yet",
+             "bias_gradients": "in the products, or no kernels yet"}
+
 
 @dataclass(frozen=True)
 class Kernel:
     threads: int
-    work: Callable
+    works: Callable
     shared: Callable = lambda args, job: 0
 
 
 def operation(name, args, blocks):
-    """The operation's call itself, by the instance with these template arguments; blocks(job)."""
-    def work(given, job):
+    """The operation's call, launched by the instance whose arguments are args(job), or args."""
+    def works(given, job):
         call = calls(job)[name]
-        return (call, blocks(job)) if given == args and call.count else None
-    return work
+        wanted = args(job) if callable(args) else args
+        return [(name, call, blocks(job))] if given == wanted and call.count else []
+    return works
 
 
-def either(*works):
-    """One kernel of several operations: the first whose arguments fit."""
-    return lambda args, job: next((w for w in (work(args, job) for work in works) if w), None)
+def several(*works):
+    return lambda args, job: [launch for work in works for launch in work(args, job)]
+
+
+def part(name, cost):
+    """A kernel that is part of an operation: cost(job) is its Call and blocks."""
+    return lambda args, job: [(name, *cost(job))]
 
 
 def never(args, job):
-    """fp32's kernels, decoding's, unaligned ones: a training step in bf16 does not launch them."""
-    return None
+    """fp32's kernels and decoding's: a training step in bf16 does not launch them."""
+    return []
 
 
 def rows(job):
@@ -47,14 +57,19 @@ def per_tensor(job):
     return sum(job.model.parameters()) / len(job.model.parameters()) / job.gpus
 
 
-def chain_rows(args, job):
+def chain_rows(job):
     n = rows(job)  # the embedding's; the head's chunks chain theirs too, an eighth of the rows each
     return Call(1, 12 * n, n * n), ceil(n / 4)
 
 
-def add_partials(args, job):
-    blocks = min(256, rows(job))
-    return Call(job.model.norms, 4 * job.model.width * (blocks + 2), job.model.width * blocks), ceil(job.model.width / 256)
+def norm_sums(job):
+    """of dweight, and of dbias where a layer norm has one"""
+    return 2 if job.model.norm == "layer" else 1
+
+
+def add_partials(job):
+    width, blocks, sums = job.model.width, min(256, rows(job)), norm_sums(job)
+    return (Call(job.model.norms, 4 * sums * width * (blocks + 2), sums * width * blocks), sums * ceil(width / 256))
 
 
 def padded_head(job):
@@ -70,57 +85,71 @@ def query_tiles(job):
     return b.rows // 64 + 3 * b.pairs
 
 
-def attention_forward(args, job):
-    if args != [str(padded_head(job)), "true"]:
-        return None
-    return calls(job)["attention_forward"], query_tiles(job) * job.model.heads
-
-
 def attention_shared(args, job):
     head = int(args[0])
     return (64 + 2 * key_rows(head)) * (head + 8) * 2
 
 
-def list_tiles(args, job):
+def list_tiles(job):
     return Call(job.model.layers, 16 * job.batch.pairs + 24 * query_tiles(job)), 1
 
 
 def norm_backward_shared(args, job):
-    columns = 4 * job.model.width
+    columns = norm_sums(job) * 4 * ceil(job.model.width / 8) * 8
     return columns if columns <= 96 << 10 else 0
 
 
-BF16 = ["true", "bf16"]
+def bf16_norm(job):
+    return ["true", "true" if job.model.norm == "layer" else "false", "bf16"]
+
+
+def bf16_activation(job):
+    """Activation's order in src/backend.h: SwiGLU, GELU, its approximation, ReLU"""
+    return ["true", "0" if job.model.gated else "2", "bf16"]
+
+
+def bf16_embedding(job):
+    return ["true", "true" if job.model.positions else "false", "bf16"]
+
+
+def eights(job):
+    """threads that take 8 entries of the MLP's rows each, in blocks"""
+    return ceil(rows(job) * job.model.intermediate / 8 / 256)
+
+
 KERNELS = {
     # rows.cuh
-    "copy_rows_kernel": Kernel(128, either(operation("embedding_forward", BF16, rows))),
-    "chain_rows_kernel": Kernel(128, chain_rows),
-    "add_rows_kernel": Kernel(128, either(
+    "copy_rows_kernel": Kernel(128, several(operation("embedding_forward", bf16_embedding, rows),
+                                            operation("gather", ["true", "false", "bf16"], chunk))),
+    "chain_rows_kernel": Kernel(128, part("embedding_backward: rows of a token", chain_rows)),
+    "add_rows_kernel": Kernel(128, several(
         operation("embedding_backward", ["true", "float", "bf16"], lambda j: rows(j) * ceil(j.model.width / 1024)),
         operation("scatter_add", ["true", "bf16", "bf16"], lambda j: chunk(j) * ceil(j.model.width / 1024)))),
     # norm.cu
-    "norm_forward_kernel": Kernel(256, operation("norm_forward", BF16, rows)),
-    "norm_backward_kernel": Kernel(256, operation("norm_backward", BF16, lambda j: min(256, rows(j))),
+    "norm_forward_kernel": Kernel(256, operation("norm_forward", bf16_norm, rows)),
+    "norm_backward_kernel": Kernel(256, operation("norm_backward", bf16_norm, lambda j: min(256, rows(j))),
                                    norm_backward_shared),
-    "add_partials_kernel": Kernel(256, add_partials),
+    "add_partials_kernel": Kernel(256, part("norm_backward: dweight", add_partials)),
     # rope.cu
-    "rotate_kernel": Kernel(128, operation("rope_forward", BF16, rows), lambda args, job: 4 * job.model.rotary_dim),
+    "rotate_kernel": Kernel(128, several(operation("rope_forward", ["true", "bf16"], rows),
+                                         operation("rope_backward", ["true", "bf16"], rows)),
+                            lambda args, job: 4 * job.model.rotary_dim),
     # activation.cu
-    "activation_forward_kernel": Kernel(256, operation(
-        "activation_forward", BF16, lambda j: ceil(rows(j) * j.model.intermediate / 8 / 256))),
-    "activation_backward_kernel": Kernel(256, operation(
-        "activation_backward", BF16, lambda j: ceil(rows(j) * j.model.intermediate / 8 / 256))),
+    "activation_forward_kernel": Kernel(256, operation("activation_forward", bf16_activation, eights)),
+    "activation_backward_kernel": Kernel(256, operation("activation_backward", bf16_activation, eights)),
     # attention.cu, tiles.cuh
-    "list_tiles_kernel": Kernel(32, list_tiles),
-    "attention_forward_kernel": Kernel(128, attention_forward, attention_shared),
+    "list_tiles_kernel": Kernel(32, part("attention: its tiles", list_tiles)),
+    "attention_forward_kernel": Kernel(128, operation("attention_forward", lambda j: [str(padded_head(j)), "true"],
+                                                      lambda j: query_tiles(j) * j.model.heads), attention_shared),
     "attention_forward_fp32_kernel": Kernel(128, never),
     # head.cu
     "log_probability_kernel": Kernel(256, operation("head_forward", ["true"], chunk)),
     "preference_kernel": Kernel(32, operation("preference", [], lambda j: max(1, j.batch.pairs // j.head_chunks()[1]))),
-    "softmax_gradient_kernel": Kernel(256, operation("head_backward", BF16, chunk)),
+    "softmax_gradient_kernel": Kernel(256, operation("head_backward", ["true", "bf16"], chunk)),
     # adamw.cu
     "squares_kernel": Kernel(256, operation("sums_of_squares", ["true", "float"],
                                             lambda j: ceil(per_tensor(j) / (1 << 14)))),
-    "total_kernel": Kernel(256, operation("sums_of_squares", ["none"], lambda j: 1)),
-    "adamw_kernel": Kernel(256, operation("adamw", BF16, lambda j: ceil(per_tensor(j) / 1024))),
+    "total_kernel": Kernel(256, part("sums_of_squares: a tensor's", lambda j: (
+        Call(len(j.model.parameters()), 8 * per_tensor(j) / (1 << 14), per_step=True), 1))),
+    "adamw_kernel": Kernel(256, operation("adamw", ["true", "bf16"], lambda j: ceil(per_tensor(j) / 1024))),
 }

@@ -22,7 +22,7 @@ FA2 = "FlashAttention-2 (arXiv 2307.08691)"
 FA3 = "FlashAttention-3 (arXiv 2407.08608)"
 
 # bf16 matrix products of thousands of rows.
-#   A100: cuBLAS 258 at 8192^3 and 257 for normally distributed inputs (thonking.ai, "Strangely, Matrix Multiplications on
+#   A100: cuBLAS 258 at 8192^3, 257 for normally distributed inputs (thonking.ai, "Strangely, Matrix Multiplications on
 #   GPUs Run Faster When Given Predictable Data"); 271.2 at the best shape of a search (MAMF: 1024 x 10240 x 5120).
 #   H100: torch's bf16 product beside vLLM's fp8 kernels on an H100 80GB HBM3: n 2112, k 7168 and 4096 / 8192 rows 716 /
 #   666, another n and 8192 / 16384 rows 703 / 715 (vllm-project/vllm pull request 23280); 794.5 at the best shape of a

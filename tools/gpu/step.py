@@ -90,7 +90,8 @@ def memory(job):
     stream = (0 if m.parallel else 1) + 1
     kept = stream * m.width + m.qkv + m.heads * m.head_dim + m.up
     again = 2 * m.width + m.intermediate  # what a layer's backward pass holds besides
-    return {"weights": 2 * weights, "gradients": job.gradient_bytes * weights, "masters, moments": 10 * weights / job.gpus,
+    return {"weights": 2 * weights, "gradients": job.gradient_bytes * weights,
+            "masters, moments": 10 * weights / job.gpus,
             "activations": 2 * job.batch.rows * (m.layers * kept + again), "logits": job.logits_bytes}
 
 
