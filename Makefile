@@ -99,7 +99,7 @@ $(OUT)/%.o: %.cpp | build/.packages
 ifeq ($(BUILD),thread)
 $(patsubst %.cpp,$(OUT)/%.o,$(wildcard cuda/emulator/*.cpp)): flags.thread := -O1 -g -DEMULATOR_THREAD_SANITIZER
 endif
-$(emulated) $(OUT)/tests/emulator.o $(OUT)/tests/emulator_faults.o: CXXFLAGS += -Wno-unknown-pragmas
+$(emulated) $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/emulator*.cpp)): CXXFLAGS += -Wno-unknown-pragmas
 $(OUT)/%.o: %.cu | build/.packages
 	@mkdir -p $(@D)
 	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -c -o $@ -x c++ $<

@@ -1,13 +1,12 @@
-// The GPU's side of gpu.cuh: thin wrappers of instructions (sm_80 and later) and of the CUDA runtime.
+// The GPU's side of gpu.cuh: thin wrappers of instructions (sm_80 and later), and the launch.
 #pragma once
 
 #include <cuda_bf16.h>
-#include <cuda_runtime.h>
 
 #include <cstdint>
 #include <utility>
 
-#include "cuda/backend.h"
+#include "cuda/runtime.h"
 
 namespace orpo {
 
@@ -113,40 +112,18 @@ template <int groups_left> __device__ __forceinline__ void cp_async_wait() {
 
 // ---- the host's side
 
-inline void gpu_check(const char* what, cudaError_t status) {
-  if (status != cudaSuccess) fail_machine(what, ": ", cudaGetErrorString(status));
-}
-
 // Asks for the kernel to run; MachineError where the device refuses it.
 template <class... Parameters, class... Arguments> void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                                               size_t dynamic_shared_bytes, GpuStream stream,
+                                                               size_t dynamic_shared_bytes, LaunchStream stream,
                                                                Arguments&&... arguments) {
+  last_operations.note(stream.where);
   if (dynamic_shared_bytes > 48 * 1024)
     gpu_check("launch", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(dynamic_shared_bytes)));
   cudaLaunchConfig_t configuration{};
   configuration.gridDim = grid, configuration.blockDim = block;
-  configuration.dynamicSmemBytes = dynamic_shared_bytes, configuration.stream = stream;
+  configuration.dynamicSmemBytes = dynamic_shared_bytes, configuration.stream = stream.stream;
   gpu_check("launch", cudaLaunchKernelEx(&configuration, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
-
-// gpu_allocate: MachineError where there is none left.
-inline void* gpu_allocate(int64_t bytes) {
-  void* memory = nullptr;
-  gpu_check("allocate", cudaMalloc(&memory, static_cast<size_t>(bytes)));
-  return memory;
-}
-inline void gpu_release(void* memory) { cudaFree(memory); }
-inline void gpu_upload(void* device, const void* host, int64_t bytes, GpuStream stream) {
-  gpu_check("upload", cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream));
-}
-// Done when gpu_wait() returns.
-inline void gpu_download(void* host, const void* device, int64_t bytes, GpuStream stream) {
-  gpu_check("download", cudaMemcpyAsync(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream));
-}
-inline void gpu_zero(void* device, int64_t bytes, GpuStream stream) {
-  gpu_check("zero", cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), stream));
-}
-inline void gpu_wait(GpuStream stream) { gpu_check("synchronize", cudaStreamSynchronize(stream)); }
 
 }  // namespace orpo

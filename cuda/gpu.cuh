@@ -8,7 +8,7 @@
 //   mma_m16n8k16 mma_tile ldmatrix_x4 ldmatrix_x4_trans                  bf16 tensor cores, fp32 sums
 //   cp_async_16 cp_async_commit cp_async_wait<groups left>               global -> shared memory
 //   to_float to_bf16 pack_bf16 fast_exp
-//   gpu_allocate gpu_release gpu_upload gpu_download gpu_zero gpu_wait   what the host side of a room needs
+//   gpu_allocate gpu_release gpu_upload gpu_download gpu_zero gpu_wait   what the host side of a room needs (runtime.h)
 //
 // Rules for a kernel file: no inline assembly, no CUDA call; blocks of 32 n threads, at most 1024; no thread leaves,
 // and none diverges, before a barrier or a collective that others reach: predicate. Nobody assumes a warp in lockstep,

@@ -4,16 +4,22 @@
 namespace orpo {
 
 CudaBackend::CudaBackend() : refused_(static_cast<Refused*>(gpu_allocate(sizeof(Refused)))) {
+  gpu_check("streams", cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
   gpu_zero(refused_, sizeof(Refused), compute_);
 }
 
 CudaBackend::~CudaBackend() {
+  cudaStreamSynchronize(compute_);
   gpu_release(scratch_);
   gpu_release(refused_);
+  cudaStreamDestroy(compute_);
 }
 
 void* CudaBackend::allocate(int64_t bytes) { return gpu_allocate(bytes); }
-void CudaBackend::release(void* memory, int64_t) { gpu_release(memory); }
+void CudaBackend::release(void* memory, int64_t) {
+  cudaStreamSynchronize(compute_);
+  gpu_release(memory);
+}
 
 void* CudaBackend::reserve_scratch(int64_t bytes) {
   if (bytes <= scratch_bytes_) return scratch_;

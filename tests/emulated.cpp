@@ -1,12 +1,31 @@
 #include "tests/emulated.h"
 
 #include "cuda/backend.h"
+#include "cuda/emulator/stream.h"
 
 namespace orpo::test {
 
 namespace {
 
-// Device memory is the host's here, so that the CPU computes what has no kernels yet.
+// The CPU backend, let at the device's memory for the length of a call: cpu->operation(...).
+class CpuOnDevice {
+ public:
+  class Call {
+   public:
+    explicit Call(Backend& cpu) : cpu_(cpu) {}
+    Backend* operator->() const { return &cpu_; }
+
+   private:
+    Backend& cpu_;
+    emulator::HostAccess access_;
+  };
+  Call operator->() { return Call(*cpu_); }
+
+ private:
+  std::unique_ptr<Backend> cpu_ = make_cpu_backend(0);
+};
+
+// The CPU computes what has no kernels yet.
 class EmulatedBackend final : public Backend {
  public:
   explicit EmulatedBackend(const emulator::Settings& settings) { emulator::settings = settings; }
@@ -103,12 +122,13 @@ class EmulatedBackend final : public Backend {
 
  private:
   CudaBackend gpu_;
-  std::unique_ptr<Backend> cpu_ = make_cpu_backend(0);
+  CpuOnDevice cpu_;
 };
 
 }  // namespace
 
 std::unique_ptr<Backend> make_emulated_backend(const emulator::Settings& settings) {
+  emulator::restart_device();  // whatever failed before
   return std::make_unique<EmulatedBackend>(settings);
 }
 

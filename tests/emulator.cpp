@@ -23,14 +23,24 @@ template <class Body> void each_order(Body&& body) {
   emulator::settings = {};
 }
 
+// Device memory that the host may touch; what was asked for is done when it does.
 template <class T> struct Memory {
   T* data;
   int64_t count;
   explicit Memory(int64_t n) : data(static_cast<T*>(gpu_allocate(n * static_cast<int64_t>(sizeof(T))))), count(n) {}
   Memory(const Memory&) = delete;
-  ~Memory() { gpu_release(data); }
-  T& operator[](int64_t i) { return data[i]; }
+  ~Memory() {
+    gpu_wait(nullptr);
+    gpu_release(data);
+  }
+  T& operator[](int64_t i) {
+    gpu_wait(nullptr);
+    return data[i];
+  }
   operator T*() { return data; }
+
+ private:
+  emulator::HostAccess access_;
 };
 
 // ---- kernels
@@ -318,6 +328,7 @@ TEST_CASE("emulator: orders differ from each other, and each is the same every t
     Memory<int> passed(1), log(7 * 64);
     gpu_zero(passed, sizeof(int), nullptr);
     launch(passing_kernel, 7, 64, 0, nullptr, passed, log);
+    gpu_wait(nullptr);
     emulator::settings = {};
     return std::vector<int>(log.data, log.data + log.count);
   };

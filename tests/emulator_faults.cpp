@@ -205,6 +205,7 @@ void run_fault(const Fault& fault) {
   };
   auto* out = static_cast<float*>(gpu_allocate(blocks * threads * 4));
   auto* x = static_cast<float*>(gpu_allocate((4 * threads + 4) * 4));
+  const emulator::HostAccess access;
   for (int i = 0; i < 4 * threads + 4; ++i) x[i] = static_cast<float>(i);
   std::string wrong;
   bool diagnosed = false;
@@ -213,8 +214,10 @@ void run_fault(const Fault& fault) {
     gpu_zero(out, blocks * threads * 4, nullptr);
     try {
       launch(fault.kernel, blocks, threads, 0, nullptr, out, x);
+      emulator::wait_for_everything();
     } catch (const MachineError& e) {
       std::printf("%s: %s\n", name, e.what());
+      emulator::restart_device();
       diagnosed = true;
       continue;
     }
@@ -229,6 +232,7 @@ void run_fault(const Fault& fault) {
   emulator::settings = {};
   launch(
       +[](float* y, const float*) { y[place()] = warp_sum(1.0f); }, blocks, threads, 0, nullptr, out, x);
+  emulator::wait_for_everything();
   std::printf("%s\n", out[9] == 32 ? "the engine lives" : "the engine is broken");
 }
 

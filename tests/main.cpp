@@ -4,6 +4,8 @@
 
 #include <cstdio>
 
+#include "cuda/emulator/runtime_api.h"
+#include "cuda/emulator/stream.h"
 #include "src/waiting.h"
 #include "tests/check.h"
 
@@ -35,9 +37,17 @@ REGISTER_LISTENER("count", 1, Count);
 int main(int argc, char** argv) {
   orpo::spin_briefly(argv);
   doctest::Context context(argc, argv);
-  const int status = context.run();
+  int status = context.run();
   if (context.shouldExit()) return status;  // --list-test-cases, --help
   const unsigned skipped = orpo::test::skipped_cases;
+  // What the CUDA code did wrong on the emulator without looking at the answer, and what it left behind.
+  using namespace orpo::emulator;
+  if (!noted_misuse().empty() || live_streams() || live_events() || device_bytes_in_use()) {
+    std::printf("left on the emulated device: %lld streams, %lld events, %lld bytes\n%s",
+                static_cast<long long>(live_streams()), static_cast<long long>(live_events()),
+                static_cast<long long>(device_bytes_in_use()), noted_misuse().c_str());
+    Count::failed += 1, Count::run += 1, status = 1;
+  }
   std::printf("%u passed, %u failed", Count::run - Count::failed - skipped, Count::failed);
   if (skipped) std::printf(", %u skipped", skipped);
   std::printf("\n");

@@ -1,41 +1,54 @@
-// Launches, and the device's memory.
+// Launches.
 #pragma once
 
+#include <memory>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
-#include "cuda/backend.h"
 #include "cuda/emulator/engine.h"
-#include "src/fail.h"
+#include "cuda/emulator/stream.h"
+#include "cuda/runtime.h"
 
 namespace orpo {
 
 namespace emulator {
 
+// Throws MachineError where no GPU accepts the configuration.
+void check_launch(dim3 grid, dim3 block, size_t dynamic_shared_bytes);
 void run(Launch& launch);
+
+// A pointer among a kernel's arguments is null or points to the device's memory, or right behind an allocation.
+template <class T> void check_argument(const T& argument) {
+  if constexpr (std::is_pointer_v<T>)
+    if (argument) check_device_memory(argument, 0);
+}
 
 }  // namespace emulator
 
-// Runs the kernel; returns when it is done. MachineError where the configuration is not one that a GPU accepts, or the
-// kernel did something wrong.
+// Asks for the kernel to run. MachineError where the configuration is not one that a GPU accepts; what the kernel does
+// wrong becomes the device's error.
 template <class... Parameters, class... Arguments> void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                                               size_t dynamic_shared_bytes, GpuStream,
+                                                               size_t dynamic_shared_bytes, LaunchStream stream,
                                                                Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
-  } call{kernel, std::tuple<Parameters...>(Parameters(std::forward<Arguments>(arguments))...)};
-  emulator::Launch l{[](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); },
-                     &call, grid, block, dynamic_shared_bytes};
-  emulator::run(l);
+  };
+  last_operations.note(stream.where);
+  emulator::check_launch(grid, block, dynamic_shared_bytes);
+  const auto call = std::make_shared<Call>(Call{kernel, {Parameters(std::forward<Arguments>(arguments))...}});
+  const auto check = [](const auto&... each) { (emulator::check_argument(each), ...); };
+  std::apply(check, call->arguments);
+  emulator::enqueue(
+      stream.stream,
+      [=] {
+        std::apply(check, call->arguments);
+        emulator::Launch l{[](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); },
+                           call.get(), grid, block, dynamic_shared_bytes};
+        emulator::run(l);
+      },
+      operation_name(stream.where));
 }
-
-// Device memory starts as NaN; AddressSanitizer sees its ends. gpu_allocate: MachineError where there is none left.
-void* gpu_allocate(int64_t bytes);
-void gpu_release(void* memory);
-void gpu_upload(void* device, const void* host, int64_t bytes, GpuStream stream);
-void gpu_download(void* host, const void* device, int64_t bytes, GpuStream stream);  // done when gpu_wait() returns
-void gpu_zero(void* device, int64_t bytes, GpuStream stream);
-void gpu_wait(GpuStream stream);
 
 }  // namespace orpo
