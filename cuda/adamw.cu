@@ -105,14 +105,12 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
 
 }  // namespace
 
-std::vector<double> CudaBackend::sums_of_squares(std::span<const Tensor> gradients) {
-  shapes::sums_of_squares(gradients);
-  std::vector<double> sums(gradients.size());
+void CudaBackend::sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) {
+  shapes::sums_of_squares(sums, gradients);
   int64_t most_blocks = 0;
   for (const Tensor& g : gradients)
     most_blocks = std::max<int64_t>(most_blocks, blocks_for(g.elements(), block_entries));
-  if (most_blocks == 0) return sums;
-  double *totals = scratch<double>(static_cast<int64_t>(sums.size()) + most_blocks), *partials = totals + sums.size();
+  double* partials = scratch<double>(most_blocks);
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Tensor& g = gradients[i];
     const int64_t blocks = blocks_for(g.elements(), block_entries);
@@ -122,11 +120,8 @@ std::vector<double> CudaBackend::sums_of_squares(std::span<const Tensor> gradien
         launch(starts_aligned({&g}) ? squares_kernel<true, T> : squares_kernel<false, T>, static_cast<unsigned>(blocks),
                threads, 0, compute_, partials, g.as<const T>(), g.elements());
     });
-    launch(total_kernel, 1, threads, 0, compute_, totals + i, partials, blocks);
+    launch(total_kernel, 1, threads, 0, compute_, sums.as<double>() + i, partials, blocks);
   }
-  gpu_download(sums.data(), totals, static_cast<int64_t>(sums.size() * sizeof(double)), compute_);
-  gpu_wait(compute_);
-  return sums;
 }
 
 void CudaBackend::adamw(std::span<const AdamWTensors> list, const AdamW& settings) {

@@ -71,11 +71,11 @@ class CudaBackend {
   void gather(const Tensor& out, const Tensor& in, const Tensor& target_rows);
   void scatter_add(const Tensor& dout, const Tensor& din, const Tensor& target_rows);
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens);
-  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+  void preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
                   Objective objective, double lambda, const Normalisers& normalisers, bool nll_includes_prompt);
   void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
                      const Tensor& coefficient, const Tensor& target_tokens);
-  std::vector<double> sums_of_squares(std::span<const Tensor> gradients);
+  void sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients);
   void adamw(std::span<const AdamWTensors> list, const AdamW& settings);
 
  private:

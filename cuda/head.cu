@@ -1,7 +1,6 @@
 // The head's rows: gather, log-probabilities, preference, gradient of the logits.
 #include "cuda/gpu.cuh"
 #include "cuda/rows.cuh"
-#include "src/objective.h"
 
 namespace orpo {
 
@@ -88,53 +87,37 @@ __device__ void fill_range(float* values, int64_t begin, int64_t count, double v
   for (int64_t i = threadIdx.x; i < count; i += 32) values[begin + i] = static_cast<float>(value);
 }
 
-// Sums of a pair's log-probabilities -> its preference -> coefficients of its targets; a warp a pair. nll: 1 / all NLL
-// tokens; weight: the preference's weight / all pairs.
+// Sums of a pair's log-probabilities -> its preference -> coefficients of its targets; a warp a pair.
 __global__ void preference_kernel(PairResult* results, float* coefficient, const float* logp, const PairTargets* pairs,
-                                  int64_t targets, Objective objective, double nll, double weight,
-                                  bool nll_includes_prompt, Refused* refused) {
+                                  int64_t targets, PreferenceWeights weights, Refused* refused) {
   const PairTargets at = pairs[blockIdx.x];
   const int64_t chosen = int64_t{at.begin} + at.prompt, rejected = chosen + at.chosen, end = rejected + at.rejected;
   if (at.begin < 0 || at.prompt < 0 || at.chosen < 0 || at.rejected < 0 || end > targets) {
     if (threadIdx.x == 0) refuse(refused, Refused::preference, {blockIdx.x, at.begin, end, targets});
     return;  // the whole block
   }
-  PairResult result{sum_range(logp, chosen, at.chosen),
-                    sum_range(logp, rejected, at.rejected),
-                    sum_range(logp, at.begin, at.prompt),
-                    at.chosen,
-                    at.rejected,
-                    at.prompt,
-                    PairPreference{}};
-  double toward_chosen = 0, toward_rejected = 0;
-  if (at.chosen > 0 && at.rejected > 0) {
-    result.preference =
-        preference(objective, result.chosen_logp_sum / at.chosen, result.rejected_logp_sum / at.rejected);
-    toward_chosen = weight * -result.preference.d_chosen / at.chosen;
-    toward_rejected = weight * -result.preference.d_rejected / at.rejected;
-  }
-  fill_range(coefficient, at.begin, at.prompt, nll_includes_prompt ? nll : 0);
-  fill_range(coefficient, chosen, at.chosen, nll + toward_chosen);
-  fill_range(coefficient, rejected, at.rejected, toward_rejected);
+  const double prompt_sum = sum_range(logp, at.begin, at.prompt), chosen_sum = sum_range(logp, chosen, at.chosen),
+               rejected_sum = sum_range(logp, rejected, at.rejected);
+  const PairResult result = pair_result(weights, at, prompt_sum, chosen_sum, rejected_sum);
+  const PairCoefficients c = pair_coefficients(weights, result);
+  fill_range(coefficient, at.begin, at.prompt, c.prompt);
+  fill_range(coefficient, chosen, at.chosen, c.chosen);
+  fill_range(coefficient, rejected, at.rejected, c.rejected);
   if (threadIdx.x == 0) results[blockIdx.x] = result;
 }
 
 }  // namespace
 
-void CudaBackend::preference(PairResult* results, const Tensor& coefficient, const Tensor& logp,
+void CudaBackend::preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp,
                              const Tensor& pair_targets, Objective objective, double lambda,
                              const Normalisers& normalisers, bool nll_includes_prompt) {
-  shapes::preference(coefficient, logp, pair_targets);
+  shapes::preference(results, coefficient, logp, pair_targets);
   static_assert(sizeof(PairTargets) == 4 * sizeof(int32_t));
-  const int64_t pairs = pair_targets.rows();
-  if (pairs == 0) return;
-  PairResult* found = scratch<PairResult>(pairs);
-  const double nll = normalisers.nll_tokens > 0 ? 1 / normalisers.nll_tokens : 0;
-  const double weight = normalisers.pairs > 0 ? preference_weight(objective, lambda) / normalisers.pairs : 0;
-  launch(preference_kernel, static_cast<unsigned>(pairs), 32, 0, compute_, found, coefficient.as<float>(),
-         logp.as<const float>(), reinterpret_cast<const PairTargets*>(pair_targets.as<const int32_t>()),
-         logp.elements(), objective, nll, weight, nll_includes_prompt, refused_);
-  gpu_download(results, found, pairs * static_cast<int64_t>(sizeof(PairResult)), compute_);
+  if (pair_targets.rows() == 0) return;
+  launch(preference_kernel, static_cast<unsigned>(pair_targets.rows()), 32, 0, compute_,
+         reinterpret_cast<PairResult*>(results.as<double>()), coefficient.as<float>(), logp.as<const float>(),
+         reinterpret_cast<const PairTargets*>(pair_targets.as<const int32_t>()), logp.elements(),
+         preference_weights(objective, lambda, normalisers, nll_includes_prompt), refused_);
 }
 
 namespace {

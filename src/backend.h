@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "src/batch.h"
-#include "src/objective.h"
+#include "src/preference.h"
 #include "src/tensor.h"
 
 namespace orpo {
@@ -58,13 +58,6 @@ struct AdamWTensors {
   Tensor first, second;  // moments m and v, A
   Tensor gradient;       // A
   bool decays;           // weight_decay applies
-};
-
-// Result of the preference operation for one pair; sums, never means, so that micro-batches and ranks add up.
-struct PairResult {
-  double chosen_logp_sum, rejected_logp_sum, prompt_logp_sum;
-  int32_t chosen_tokens, rejected_tokens, prompt_tokens;
-  PairPreference preference;  // zero where the pair has no rejected branch
 };
 
 struct Backend {
@@ -164,13 +157,10 @@ struct Backend {
   // lse[n] A = log-sum-exp of logits[n, vocab] A;  logp[n] A = logits at target_tokens[n] int32 - lse, at most 0.
   virtual void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits,
                             const Tensor& target_tokens) = 0;
-  // preference: results[pairs] and coefficient[targets] A, where coefficient = -dL/dlogp of each target:
-  //   prompt and chosen targets         1 / nll_tokens
-  //   chosen and rejected targets     + lambda / pairs * (-d loss / d mean) / tokens of that response
-  // logp[targets] A in the order of Batch::target_rows; pair_targets[pairs, 4] int32 as in DeviceBatch, or a slice of
-  // it: only the targets of the pairs named there are read and written. results is host memory: the only numbers a step
-  // reads back.
-  virtual void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp,
+  // preference (preference.h has the formulas): results[pairs, 13] fp64, PairResults, and coefficient[targets] A,
+  // -dL/dlogp of each target. logp[targets] A in the order of Batch::target_rows; pair_targets[pairs, 4] int32 as in
+  // DeviceBatch, or a slice of it: only the targets of the pairs named there are read and written.
+  virtual void preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp,
                           const Tensor& pair_targets, Objective objective, double lambda,
                           const Normalisers& normalisers, bool nll_includes_prompt) = 0;
   // dlogits[n, vocab] T = c * (softmax(logits) - onehot(target)), c = coefficient[n] A: dL/dlogits. dlogits may lie
@@ -179,8 +169,9 @@ struct Backend {
   virtual void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
                              const Tensor& coefficient, const Tensor& target_tokens) = 0;
 
-  // adamw: sum of squares of each gradient tensor, in double, in a fixed order; not finite where an entry is not.
-  virtual std::vector<double> sums_of_squares(std::span<const Tensor> gradients) = 0;
+  // adamw: sums[gradients] fp64 = sum of squares of each gradient tensor, in a fixed order; not finite where an entry
+  // is not.
+  virtual void sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) = 0;
   // AdamW with decoupled decay (Loshchilov & Hutter 2019; torch.optim.AdamW) of every tensor of the list, in one pass
   // over memory; g = gradient_scale * gradient:
   //   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  mhat, vhat: m, v over 1 - b1^step, 1 - b2^step

@@ -59,10 +59,9 @@ int64_t head_chunk_rows(const Config& config, const HeadSettings& settings, int6
   return std::clamp<int64_t>(settings.logits_bytes / row_bytes, 1, std::max<int64_t>(max_targets, 1));
 }
 
-std::vector<PairResult> head(const Config& config, const Weights& weights, const Weights* gradients,
-                             const Tensor* dhidden, const Tensor& hidden, const DeviceBatch& batch,
-                             const Normalisers& normalisers, const HeadSettings& settings, Backend& backend,
-                             Arena& scratch, std::vector<double>* logp_out) {
+void head(const Config& config, const Weights& weights, const Weights* gradients, const Tensor* dhidden,
+          const Tensor& results, const Tensor& hidden, const DeviceBatch& batch, const Normalisers& normalisers,
+          const HeadSettings& settings, Backend& backend, Arena& scratch, std::vector<double>* logp_out) {
   const Arena::Scope scope(scratch);
   const DType dtype = hidden.dtype, sums = accumulation_dtype(dtype);
   const int64_t targets = batch.target_rows.elements();
@@ -90,7 +89,6 @@ std::vector<PairResult> head(const Config& config, const Weights& weights, const
     backend.scatter_add(*dhidden, rows, batch.target_rows.slice(first, count));
   };
 
-  std::vector<PairResult> results(batch.host->pairs());
   backend.begin(config.layers, Pass::forward);
   if (gradients) backend.zero(*dhidden);
   for (const Group& group : group_pairs(*batch.host, chunk_rows)) {
@@ -102,8 +100,8 @@ std::vector<PairResult> head(const Config& config, const Weights& weights, const
       backend.head_forward(logp.slice(first, count), lse.slice(first, count), chunk.logits.slice(0, count),
                            batch.target_tokens.slice(first, count));
     }
-    // 2. THE PREFERENCE: two means a pair become one coefficient a row (objective.h).
-    backend.preference(results.data() + group.first_pair, coefficient, logp,
+    // 2. THE PREFERENCE: two means a pair become one coefficient a row (preference.h, objective.h).
+    backend.preference(results.slice(group.first_pair, group.pairs), coefficient, logp,
                        batch.pair_targets.slice(group.first_pair, group.pairs), settings.objective, settings.lambda,
                        normalisers, settings.nll_includes_prompt);
     if (!gradients) continue;
@@ -119,7 +117,6 @@ std::vector<PairResult> head(const Config& config, const Weights& weights, const
   }
   backend.end(config.layers, Pass::forward);
   if (logp_out) *logp_out = downloaded(logp, backend);
-  return results;
 }
 
 }  // namespace orpo

@@ -21,12 +21,11 @@ struct HeadSettings {
 // Rows of logits held at a time for a batch of at most max_targets targets.
 int64_t head_chunk_rows(const Config& config, const HeadSettings& settings, int64_t max_targets, DType dtype);
 
-// Per-pair results of the batch; with gradients also dhidden [rows, width] T = and gradients.output +=. hidden:
-// Activations::hidden. gradients and dhidden null: evaluation, no backward work. logp_out (optional): log-probability
-// of every target, in the batch's order.
-std::vector<PairResult> head(const Config& config, const Weights& weights, const Weights* gradients,
-                             const Tensor* dhidden, const Tensor& hidden, const DeviceBatch& batch,
-                             const Normalisers& normalisers, const HeadSettings& settings, Backend& backend,
-                             Arena& scratch, std::vector<double>* logp_out = nullptr);
+// results [pairs, 13] fp64 = the batch's PairResults; with gradients also dhidden [rows, width] T = and
+// gradients.output +=. hidden: Activations::hidden. gradients and dhidden null: evaluation, no backward work. logp_out
+// (optional): log-probability of every target, in the batch's order; only with it does this wait for the device.
+void head(const Config& config, const Weights& weights, const Weights* gradients, const Tensor* dhidden,
+          const Tensor& results, const Tensor& hidden, const DeviceBatch& batch, const Normalisers& normalisers,
+          const HeadSettings& settings, Backend& backend, Arena& scratch, std::vector<double>* logp_out = nullptr);
 
 }  // namespace orpo

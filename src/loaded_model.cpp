@@ -10,7 +10,7 @@ PlanRequest reading(const Options& options, const Config& config, const PairSet&
                     const DecodingLimits& decoding) {
   PlanRequest request = plan_request(options, config);
   request.largest_pair_rows = set.report().largest_pair_rows;
-  request.step_pairs = set.size();
+  request.eval_pairs = set.size();
   request.trains = false;
   request.decoding = decoding;
   return request;

@@ -26,7 +26,7 @@ double metric(const MetricList& metrics, const std::string& name) {
 void PairSums::add(const PairResult& r, bool nll_includes_prompt) {
   nll -= r.chosen_logp_sum + (nll_includes_prompt ? r.prompt_logp_sum : 0);
   nll_tokens += r.chosen_tokens + (nll_includes_prompt ? r.prompt_tokens : 0);
-  const double lw = r.chosen_logp_sum / std::max(1, r.chosen_tokens);
+  const double lw = r.chosen_logp_sum / std::max(1.0, r.chosen_tokens);
   rows += 1;
   chosen += lw;
   if (r.rejected_tokens == 0) return;

@@ -18,8 +18,9 @@ constexpr int64_t good_micro_tokens = 1536;  // enough rows for matrix products 
 
 // A row at least for each pair; a target for each row and one more a pair, whose last prompt row predicts two tokens.
 MicroLimits limits_of(const PlanRequest& r, int64_t micro_tokens) {
-  const int64_t rows = std::max(r.largest_pair_rows, std::min(micro_tokens, r.step_pairs * r.largest_pair_rows));
-  const int64_t pairs = std::min(r.step_pairs, rows);
+  const int64_t most_pairs = std::max(r.step_pairs, r.eval_pairs);
+  const int64_t rows = std::max(r.largest_pair_rows, std::min(micro_tokens, most_pairs * r.largest_pair_rows));
+  const int64_t pairs = std::min(most_pairs, rows);
   return {rows, rows + pairs, pairs};
 }
 
@@ -39,16 +40,18 @@ TrainingTensors allocate_state(const PlanRequest& r, Arena& arena) {
                   : TrainingTensors::allocate_weights(r.config, r.dtype, arena);
 }
 
-// The largest micro-batch through the code that trains; with passes: 0 its tensors alone, 1 the head too, 2 the
-// backward pass too.
+// The largest micro-batch through the code that trains, with passes: 0 the numbers of as many pairs as a step has
+// alone, 1 the micro-batch's tensors too, 2 the head too, 3 the backward pass too.
 int64_t rehearse_micro_batch(const PlanRequest& r, const Batch& batch, int passes) {
   const std::unique_ptr<Backend> nothing = make_rehearsal_backend();
   Arena state = Arena::counting("state");
   return counted([&](Arena& scratch) {
     DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, *nothing, scratch, r.recompute};
+    StepNumbers numbers(model, std::max(r.step_pairs, batch.pairs()));
+    if (passes == 0) return;
     MicroBatch micro(model, batch);
-    if (passes >= 1) micro.forward(), micro.head({1, 1});
-    if (passes >= 2 && r.trains) micro.backward();
+    if (passes >= 2) micro.forward(), micro.head({1, 1}, numbers.next(batch.pairs()));
+    if (passes >= 3 && r.trains) micro.backward();
   });
 }
 
@@ -86,9 +89,11 @@ MemoryPlan rehearse(const PlanRequest& r, int64_t micro_tokens) {
   plan.state_bytes = counted([&](Arena& arena) { allocate_state(r, arena); });
 
   const Batch batch = largest_batch(plan.limits, r.head.nll_includes_prompt);
-  const int64_t tensors = rehearse_micro_batch(r, batch, 0), with_head = rehearse_micro_batch(r, batch, 1);
-  plan.scratch_bytes = rehearse_micro_batch(r, batch, 2);
-  part("activations", tensors);
+  const int64_t numbers = rehearse_micro_batch(r, batch, 0), tensors = rehearse_micro_batch(r, batch, 1),
+                with_head = rehearse_micro_batch(r, batch, 2);
+  plan.scratch_bytes = rehearse_micro_batch(r, batch, 3);
+  part("results of pairs", numbers);
+  part("activations", tensors - numbers);
   part("logits and head", with_head - tensors);
   part("more for the backward pass", plan.scratch_bytes - with_head);
   const int64_t decoding = rehearse_decoding(r);

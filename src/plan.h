@@ -23,7 +23,8 @@ struct PlanRequest {
   HeadSettings head;
   int64_t micro_tokens = 0;       // 0: choose
   int64_t largest_pair_rows = 0;  // most stream rows of one pair: the data's, or what the lengths allow
-  int64_t step_pairs = 0;  // most pairs that one micro-batch is made of: --batch-pairs, or the rows of an evaluation
+  int64_t step_pairs = 0;         // most pairs of a training step: --batch-pairs
+  int64_t eval_pairs = 0;         // rows of an evaluation
   bool trains = true;
   bool recompute = false;
   DecodingLimits decoding;  // what the model also decodes, between micro-batches

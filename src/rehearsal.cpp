@@ -80,19 +80,16 @@ struct RehearsalBackend final : Backend {
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) override {
     shapes::head_forward("head_forward", logp, lse, logits, target_tokens);
   }
-  // Every pair as one token of log-probability 0 a side: callers may divide by the counts.
-  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+  void preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
                   Objective, double, const Normalisers&, bool) override {
-    shapes::preference(coefficient, logp, pair_targets);
-    for (int64_t i = 0; i < pair_targets.rows(); ++i) results[i] = PairResult{0, 0, 0, 1, 1, 1, PairPreference{}};
+    shapes::preference(results, coefficient, logp, pair_targets);
   }
   void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
                      const Tensor& coefficient, const Tensor& target_tokens) override {
     shapes::head_backward(dlogits, logits, lse, logp, coefficient, target_tokens);
   }
-  std::vector<double> sums_of_squares(std::span<const Tensor> gradients) override {
-    shapes::sums_of_squares(gradients);
-    return std::vector<double>(gradients.size());
+  void sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) override {
+    shapes::sums_of_squares(sums, gradients);
   }
   void adamw(std::span<const AdamWTensors> list, const AdamW& settings) override { shapes::adamw(list, settings); }
 };

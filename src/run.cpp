@@ -136,7 +136,8 @@ void Run::open_memory() {
   PlanRequest request = plan_request(options_, config);
   request.largest_pair_rows =
       std::max(data_->report().largest_pair_rows, eval_data_ ? eval_data_->report().largest_pair_rows : 0);
-  request.step_pairs = std::max(std::min(options_.batch_pairs, data_->size()), eval_data_ ? eval_data_->size() : 0);
+  request.step_pairs = std::min(options_.batch_pairs, data_->size());
+  request.eval_pairs = eval_data_ ? eval_data_->size() : 0;
   plan_ = make_plan(request, options_.device_memory ? options_.device_memory : available_memory());
 
   backend_ = open_backend(options_);

@@ -113,7 +113,7 @@ void print_plan(Options options) {
     const auto set = load_rows(options, *files, request.config, files == &options.data ? "data" : "evaluation data");
     const int64_t rows = set->report().largest_pair_rows;
     request.largest_pair_rows = files == &options.data ? rows : std::max(request.largest_pair_rows, rows);
-    if (files == &options.eval_data) request.step_pairs = std::max(request.step_pairs, set->size());
+    if (files == &options.eval_data) request.eval_pairs = set->size();
   }
   const int64_t memory = options.device_memory ? options.device_memory : available_memory();
   const MemoryPlan plan = make_plan(request, memory);

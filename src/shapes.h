@@ -209,12 +209,14 @@ inline void head_forward(const char* op, const Tensor& logp, const Tensor& lse, 
   vector(op, "target_tokens", target_tokens, DType::i32, logits.rows());
 }
 
-inline void preference(const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets) {
+inline void preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp,
+                       const Tensor& pair_targets) {
   const char* op = "preference";
   REQUIRE_SHAPE(op, logp.rank == 1 && (logp.dtype == DType::f32 || logp.dtype == DType::f64), "logp is ",
                 shape_text(logp));
   vector(op, "coefficient", coefficient, logp.dtype, logp.elements());
   matrix(op, "pair_targets", pair_targets, DType::i32, pair_targets.rows(), 4);
+  matrix(op, "results", results, DType::f64, pair_targets.rows(), pair_result_numbers);
 }
 
 inline void head_backward(const Tensor& dlogits, const Tensor& logits, const Tensor& lse, const Tensor& logp,
@@ -229,7 +231,8 @@ inline void head_backward(const Tensor& dlogits, const Tensor& logits, const Ten
   vector(op, "coefficient", coefficient, logits.dtype, logits.rows());
 }
 
-inline void sums_of_squares(std::span<const Tensor> gradients) {
+inline void sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) {
+  vector("sums_of_squares", "sums", sums, DType::f64, static_cast<int64_t>(gradients.size()));
   for (const Tensor& g : gradients) activation_dtype("sums_of_squares", g), dense("sums_of_squares", "gradient", g);
 }
 

@@ -126,7 +126,7 @@ class TimedBackend final : public Backend {
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) override {
     timed(Part::head, 0, {&logits}, [&] { inner_->head_forward(logp, lse, logits, target_tokens); });
   }
-  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+  void preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
                   Objective objective, double lambda, const Normalisers& normalisers,
                   bool nll_includes_prompt) override {
     timed(Part::head, 0, {&coefficient, &logp}, [&] {
@@ -138,12 +138,10 @@ class TimedBackend final : public Backend {
     timed(Part::head, 0, {&dlogits, &logits},
           [&] { inner_->head_backward(dlogits, logits, lse, logp, coefficient, target_tokens); });
   }
-  std::vector<double> sums_of_squares(std::span<const Tensor> gradients) override {
-    std::vector<double> sums;
+  void sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) override {
     double bytes = 0;
     for (const Tensor& g : gradients) bytes += total_bytes({&g});
-    timed(Part::optimizer, 0, bytes, [&] { sums = inner_->sums_of_squares(gradients); });
-    return sums;
+    timed(Part::optimizer, 0, bytes, [&] { inner_->sums_of_squares(sums, gradients); });
   }
   void adamw(std::span<const AdamWTensors> list, const AdamW& settings) override {
     double bytes = 0;

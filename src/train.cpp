@@ -25,6 +25,7 @@ StepResult compute_gradients(Run& run) {
   // 2. What the loss will be divided by is known before anything is computed.
   const Normalisers normalisers = count_normalisers(run.data(), pairs, scores_prompt);
   zero_gradients(model);
+  StepNumbers numbers(model, static_cast<int64_t>(pairs.size()));
   for (const std::vector<int64_t>& part : balanced_micro_batches(run.data(), pairs, run.micro_tokens())) {
     // 3. A few pairs at a time become one stream of tokens, each prompt once.
     const Batch batch = pack(run.data(), part, scores_prompt);
@@ -32,17 +33,19 @@ StepResult compute_gradients(Run& run) {
     // 4. Tokens become hidden rows, layer by layer (model.cpp).
     micro.forward();
     // 5. Hidden rows become log-probabilities, these a preference (objective.h), and that a gradient (head.cpp).
-    for (const PairResult& pair : micro.head(normalisers)) result.sums.add(pair, scores_prompt);
+    micro.head(normalisers, numbers.next(batch.pairs()));
     // 6. The gradient goes back through the layers and adds up at every weight.
     micro.backward();
     result.micro_batches += 1;
   }
   for (const int64_t pair : pairs) result.work.add(run.data()[pair], scores_prompt);
-  // 7. All ranks add up what they found.
+  // 7. All ranks add up their gradients.
   reduce_gradients(model, run.communicator());
+  // 8. The gradient's length, over all weights together, and what became of each pair: now the device is waited for.
+  numbers.read();
+  result.gradients = numbers.gradients;
+  for (const PairResult& pair : numbers.pairs) result.sums.add(pair, scores_prompt);
   run.communicator().all_reduce(result.sums.values());
-  // 8. The gradient's length, over all weights together.
-  result.gradients = gradient_norm(model);
   result.finite = std::isfinite(result.gradients.norm) && std::isfinite(loss_of(result.sums, model.head));
   return result;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "src/fail.h"
@@ -64,11 +65,11 @@ void MicroBatch::forward() {
   orpo::forward(model_.config, model_.tensors.weights, activations_, batch_, model_.backend, model_.scratch);
 }
 
-std::vector<PairResult> MicroBatch::head(const Normalisers& normalisers) {
+void MicroBatch::head(const Normalisers& normalisers, const Tensor& results) {
   const bool trains = model_.tensors.trains();
-  return orpo::head(model_.config, model_.tensors.weights, trains ? &model_.tensors.gradients : nullptr,
-                    trains ? &dhidden_ : nullptr, activations_.hidden, batch_, normalisers, model_.head, model_.backend,
-                    model_.scratch);
+  orpo::head(model_.config, model_.tensors.weights, trains ? &model_.tensors.gradients : nullptr,
+             trains ? &dhidden_ : nullptr, results, activations_.hidden, batch_, normalisers, model_.head,
+             model_.backend, model_.scratch);
 }
 
 void MicroBatch::backward() {
@@ -86,20 +87,42 @@ void reduce_gradients(DeviceModel& model, Communicator& communicator) {
 
 namespace {
 
-// Of each tensor, in the order of parameters().
-std::vector<double> sums_of_squares(const DeviceModel& model, const Weights& weights) {
+int64_t count_parameters(const DeviceModel& model) {
+  return static_cast<int64_t>(parameters(model.config, model.tensors.weights).size());
+}
+
+// sums [parameters] fp64 = of each tensor, in the order of parameters().
+void sums_of_squares(const DeviceModel& model, const Tensor& sums, const Weights& weights) {
   std::vector<Tensor> tensors;
   for (const Parameter& p : parameters(model.config, weights)) tensors.push_back(p.tensor);
-  return model.backend.sums_of_squares(tensors);
+  model.backend.sums_of_squares(sums, tensors);
 }
 
 }  // namespace
 
-GradientNorm gradient_norm(const DeviceModel& model) {
-  GradientNorm result;
-  result.squares = sums_of_squares(model, model.tensors.gradients);
-  result.norm = std::sqrt(std::accumulate(result.squares.begin(), result.squares.end(), 0.0));
-  return result;
+StepNumbers::StepNumbers(DeviceModel& model, int64_t pairs)
+    : model_(model),
+      scope_(model.scratch),
+      parameters_(model.tensors.trains() ? count_parameters(model) : 0),
+      numbers_(model.scratch.allocate("step's numbers", DType::f64, {pairs * pair_result_numbers + parameters_})) {}
+
+Tensor StepNumbers::next(int64_t pairs) {
+  Tensor results = numbers_.slice(taken_ * pair_result_numbers, pairs * pair_result_numbers);
+  results.rank = 2, results.shape = {pairs, pair_result_numbers};
+  taken_ += pairs;
+  return results;
+}
+
+void StepNumbers::read() {
+  const int64_t results = taken_ * pair_result_numbers;
+  const Tensor all = numbers_.slice(0, results + parameters_);
+  if (parameters_ > 0) sums_of_squares(model_, all.slice(results, parameters_), model_.tensors.gradients);
+  std::vector<double> host(static_cast<size_t>(all.elements()));
+  model_.backend.download(host.data(), all);
+  pairs.resize(static_cast<size_t>(taken_));
+  std::memcpy(pairs.data(), host.data(), static_cast<size_t>(results) * sizeof(double));
+  gradients.squares.assign(host.begin() + results, host.end());
+  gradients.norm = std::sqrt(std::accumulate(gradients.squares.begin(), gradients.squares.end(), 0.0));
 }
 
 double clip_factor(double norm, double max_norm) {
@@ -138,7 +161,11 @@ void check_first_gradients(const DeviceModel& model, const GradientNorm& gradien
 
 void check_first_moments(const DeviceModel& model) {
   const std::vector<Parameter> list = parameters(model.config, model.tensors.first);
-  const std::vector<double> squares = sums_of_squares(model, model.tensors.first);
+  const Arena::Scope scope(model.scratch);
+  const Tensor sums = model.scratch.allocate("moments' squares", DType::f64, {count_parameters(model)});
+  sums_of_squares(model, sums, model.tensors.first);
+  std::vector<double> squares(list.size());
+  model.backend.download(squares.data(), sums);
   std::vector<std::string> unchanged;
   for (size_t i = 0; i < list.size(); ++i)
     if (!(squares[i] > 0)) unchanged.push_back(list[i].name);
@@ -179,12 +206,14 @@ std::optional<PairSums> evaluate(DeviceModel& model, const PairSet& set, int64_t
   for (const std::vector<int64_t>& part : micro_batches(set, all, micro_tokens)) {
     if (stop_requested()) return std::nullopt;
     const Batch batch = pack(set, part, model.head.nll_includes_prompt);
+    StepNumbers numbers(measured, batch.pairs());
     MicroBatch micro(measured, batch);
     micro.forward();
-    const std::vector<PairResult> results = micro.head(count_normalisers(set, part, model.head.nll_includes_prompt));
-    for (size_t i = 0; i < results.size(); ++i) {
-      sums.add(results[i], model.head.nll_includes_prompt);
-      if (each) each(set[batch.pair_ids[i]], results[i]);
+    micro.head(count_normalisers(set, part, model.head.nll_includes_prompt), numbers.next(batch.pairs()));
+    numbers.read();
+    for (size_t i = 0; i < numbers.pairs.size(); ++i) {
+      sums.add(numbers.pairs[i], model.head.nll_includes_prompt);
+      if (each) each(set[batch.pair_ids[i]], numbers.pairs[i]);
     }
   }
   return sums;

@@ -47,11 +47,12 @@ struct DeviceModel {
 class MicroBatch {
  public:
   MicroBatch(DeviceModel& model, const Batch& batch);
-  void forward();                                                // tokens -> hidden rows
-  std::vector<PairResult> head(const Normalisers& normalisers);  // hidden rows -> loss; where the model trains also its
-                                                                 // gradient at the hidden rows
-  void backward();                                               // -> gradients += of every weight
-  const Tensor& hidden() const { return activations_.hidden; }   // [rows, width] T, after forward()
+  void forward();  // tokens -> hidden rows
+  // Hidden rows -> loss: results [pairs, 13] fp64 =; where the model trains also the loss's gradient at the hidden
+  // rows.
+  void head(const Normalisers& normalisers, const Tensor& results);
+  void backward();                                              // -> gradients += of every weight
+  const Tensor& hidden() const { return activations_.hidden; }  // [rows, width] T, after forward()
 
  private:
   DeviceModel& model_;
@@ -67,9 +68,25 @@ struct GradientNorm {
   double norm = 0;              // of all of them together; not finite where one of them is not
 };
 
+// What a step's micro-batches and its gradient come to, on the device until one download brings all of it: the one time
+// that a step waits for the device. Scratch, taken before the step's micro-batches take theirs.
+class StepNumbers {
+ public:
+  StepNumbers(DeviceModel& model, int64_t pairs);
+  Tensor next(int64_t pairs);  // [pairs, 13] fp64: where the results of the coming pairs go
+  void read();                 // brings the results; where the model trains measures the gradients and brings that too
+  std::vector<PairResult> pairs;  // after read(), in the order of next()
+  GradientNorm gradients;
+
+ private:
+  DeviceModel& model_;
+  Arena::Scope scope_;
+  int64_t taken_ = 0, parameters_;
+  Tensor numbers_;  // [pairs * 13 + parameters] fp64
+};
+
 void zero_gradients(DeviceModel& model);
 void reduce_gradients(DeviceModel& model, Communicator& communicator);
-GradientNorm gradient_norm(const DeviceModel& model);
 
 // Factor that brings the gradient's norm to at most max_norm (0: no limit), as torch.nn.utils.clip_grad_norm_.
 double clip_factor(double norm, double max_norm);

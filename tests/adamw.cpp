@@ -33,7 +33,12 @@ Values joined(const DeviceTensor& weights, const DeviceTensor& corrections) {
   return masters;
 }
 
-double sum_of_squares(Backend& backend, const Tensor& gradient) { return backend.sums_of_squares({&gradient, 1})[0]; }
+Values sums_of_squares(Backend& backend, std::span<const Tensor> gradients) {
+  DeviceTensor sums(backend, DType::f64, {static_cast<int64_t>(gradients.size())}, 77);
+  backend.sums_of_squares(sums, gradients);
+  return sums.values();
+}
+double sum_of_squares(Backend& backend, const Tensor& gradient) { return sums_of_squares(backend, {&gradient, 1})[0]; }
 
 }  // namespace
 
@@ -140,7 +145,7 @@ TEST_CASE("adamw: tensors of a list, tiny and empty ones among them, are updated
     }
     const orpo::AdamW settings{1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0.37};
     backend.adamw(listed, settings);
-    const std::vector<double> squares = backend.sums_of_squares(gradients);
+    const Values squares = sums_of_squares(backend, gradients);
     const auto bytes = [&](const Tensor& t) {
       std::string text(static_cast<size_t>(t.bytes()), ' ');
       backend.download(text.data(), t);

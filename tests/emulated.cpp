@@ -104,7 +104,7 @@ class EmulatedBackend final : public Backend {
   void head_forward(const Tensor& logp, const Tensor& lse, const Tensor& logits, const Tensor& target_tokens) override {
     gpu_.head_forward(logp, lse, logits, target_tokens);
   }
-  void preference(PairResult* results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
+  void preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp, const Tensor& pair_targets,
                   Objective objective, double lambda, const Normalisers& normalisers,
                   bool nll_includes_prompt) override {
     gpu_.preference(results, coefficient, logp, pair_targets, objective, lambda, normalisers, nll_includes_prompt);
@@ -113,8 +113,8 @@ class EmulatedBackend final : public Backend {
                      const Tensor& coefficient, const Tensor& target_tokens) override {
     gpu_.head_backward(dlogits, logits, lse, logp, coefficient, target_tokens);
   }
-  std::vector<double> sums_of_squares(std::span<const Tensor> gradients) override {
-    return gpu_.sums_of_squares(gradients);
+  void sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) override {
+    gpu_.sums_of_squares(sums, gradients);
   }
   void adamw(std::span<const AdamWTensors> list, const AdamW& settings) override { gpu_.adamw(list, settings); }
 

@@ -1,5 +1,6 @@
 // The head's operations: row lists, log-probabilities, preference coefficients, gradient of the logits over its own
 // logits.
+#include <cstring>
 #include <limits>
 
 #include "tests/check.h"
@@ -224,6 +225,13 @@ const Values pair_list = {0, 2, 3, 2, 7, 0, 1, 4, 12, 3, 2, 0};
 constexpr int64_t pair_count = 3, target_count = 17;
 const Normalisers normalisers{40, 5};
 
+std::vector<PairResult> pair_results(const DeviceTensor& tensor) {
+  const Values numbers = tensor.values();
+  std::vector<PairResult> results(numbers.size() / pair_result_numbers);
+  std::memcpy(results.data(), numbers.data(), numbers.size() * sizeof(double));
+  return results;
+}
+
 struct Preferred {
   std::vector<PairResult> results;
   Values coefficient;
@@ -233,11 +241,9 @@ Preferred prefer(Backend& backend, DType dtype, const Values& logp, Objective ob
                  bool with_prompt) {
   DeviceTensor pairs(backend, DType::i32, {pair_count, 4}, pair_list), values(backend, dtype, {target_count}, logp),
       c(backend, dtype, {target_count}, 77);
-  Preferred p{std::vector<PairResult>(pair_count), {}};
-  backend.preference(p.results.data(), c, values, pairs, objective, lambda, normalisers, with_prompt);
-  backend.synchronize();
-  p.coefficient = c.values();
-  return p;
+  DeviceTensor results(backend, DType::f64, {pair_count, pair_result_numbers}, 77);
+  backend.preference(results, c, values, pairs, objective, lambda, normalisers, with_prompt);
+  return {pair_results(results), c.values()};
 }
 
 Values logps() { return random_values(target_count, 9, -3, -0.05); }
@@ -324,11 +330,11 @@ TEST_CASE(
 
   DeviceTensor pairs(*backend, DType::i32, {pair_count, 4}, pair_list),
       values(*backend, DType::f64, {target_count}, logp), c(*backend, DType::f64, {target_count}, 77);
-  PairResult result;
-  backend->preference(&result, c, values, (*pairs).slice(1, 1), Objective::orpo, 0.1, normalisers, true);
+  DeviceTensor one(*backend, DType::f64, {1, pair_result_numbers});
+  backend->preference(one, c, values, (*pairs).slice(1, 1), Objective::orpo, 0.1, normalisers, true);
   const Values touched = c.values();
   for (int64_t i = 0; i < target_count; ++i) CHECK(touched[i] == (i >= 7 && i < 12 ? orpo.coefficient[i] : 77));
-  CHECK(result.preference.loss == orpo.results[1].preference.loss);
+  CHECK(pair_results(one)[0].preference.loss == orpo.results[1].preference.loss);
 }
 
 TEST_CASE("preference: finite where an answer is certain or impossible") {
@@ -353,7 +359,7 @@ TEST_CASE("head: refuses targets outside the vocabulary and shapes that differ")
         t(backend, DType::i32, {2}), gradient(backend, dtype, {2, 5});
     DeviceTensor outside(backend, DType::i32, {2}, Values{0, 5}), narrow(backend, dtype, {2, 4}),
         pairs(backend, DType::i32, {1, 4}, Values{0, 1, 1, 1});
-    PairResult result;
+    DeviceTensor result(backend, DType::f64, {1, pair_result_numbers}), wide(backend, DType::f64, {1, 14});
     check_refuses([&] { backend.head_forward(v, v, logits, outside), backend.synchronize(); }, "head_forward",
                   "target token 1 is 5 of 5");
     check_refuses([&] { backend.head_backward(gradient, logits, v, v, v, outside), backend.synchronize(); },
@@ -363,13 +369,15 @@ TEST_CASE("head: refuses targets outside the vocabulary and shapes that differ")
     check_refuses([&] { backend.head_backward(narrow, logits, v, v, v, t); }, "head_backward", "dlogits is [2, 4]");
     check_refuses(
         [&] {
-          backend.preference(&result, v, v, pairs, Objective::orpo, 0.1, normalisers, true);
+          backend.preference(result, v, v, pairs, Objective::orpo, 0.1, normalisers, true);
           backend.synchronize();
         },
         "preference", "[0, 3) of 2");
-    check_refuses([&] { backend.preference(&result, v3, v, pairs, Objective::orpo, 0.1, normalisers, true); },
+    check_refuses([&] { backend.preference(result, v3, v, pairs, Objective::orpo, 0.1, normalisers, true); },
                   "preference", "coefficient is [3]");
-    check_refuses([&] { backend.preference(&result, v, v, v, Objective::orpo, 0.1, normalisers, true); }, "preference",
+    check_refuses([&] { backend.preference(result, v, v, v, Objective::orpo, 0.1, normalisers, true); }, "preference",
                   "pair_targets");
+    check_refuses([&] { backend.preference(wide, v, v, pairs, Objective::orpo, 0.1, normalisers, true); }, "preference",
+                  "results is [1, 14]");
   });
 }

@@ -111,8 +111,12 @@ class TinyModel {
       std::vector<double> logps;
       const Weights* to_weights = with_gradients ? &gradients : nullptr;
       const Tensor* to_hidden = with_gradients ? &dhidden : nullptr;
-      for (const PairResult& r : head(config, weights, to_weights, to_hidden,
-                                      activations.hidden, device, normalisers, settings, *backend, memory, &logps)) {
+      const Tensor results = memory.allocate("results", DType::f64, {batch.pairs(), pair_result_numbers});
+      head(config, weights, to_weights, to_hidden, results, activations.hidden, device, normalisers, settings, *backend,
+           memory, &logps);
+      std::vector<PairResult> pairs(batch.pairs());
+      backend->download(pairs.data(), results);
+      for (const PairResult& r : pairs) {
         const double prompt = settings.nll_includes_prompt ? r.prompt_logp_sum : 0;
         outcome.nll -= (r.chosen_logp_sum + prompt) / normalisers.nll_tokens;
         if (r.rejected_tokens) outcome.preference += r.preference.loss / normalisers.pairs;

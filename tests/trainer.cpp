@@ -36,16 +36,24 @@ struct Bench {
 
   PairSums compute(int64_t micro_tokens) {
     zero_gradients(model);
-    PairSums sums;
     const Normalisers normalisers = count_normalisers(set, all, true);
+    StepNumbers numbers(model, set.size());
     for (const auto& part : micro_batches(set, all, micro_tokens)) {
       const Batch batch = pack(set, part, true);
       MicroBatch micro(model, batch);
       micro.forward();
-      for (const PairResult& r : micro.head(normalisers)) sums.add(r, true);
+      micro.head(normalisers, numbers.next(batch.pairs()));
       micro.backward();
     }
+    numbers.read();
+    PairSums sums;
+    for (const PairResult& r : numbers.pairs) sums.add(r, true);
     return sums;
+  }
+  GradientNorm gradient_norm() {
+    StepNumbers numbers(model, 0);
+    numbers.read();
+    return numbers.gradients;
   }
   std::vector<float> values(const Tensor& t) const {
     std::vector<float> v(t.elements());
@@ -63,7 +71,7 @@ struct Bench {
 TEST_CASE("the gradient's norm is over all tensors, and clipping is torch's") {
   Bench bench;
   bench.compute(1000);
-  const GradientNorm g = gradient_norm(bench.model);
+  const GradientNorm g = bench.gradient_norm();
   double sum = 0;
   for (const Parameter& p : parameters(bench.config, bench.model.tensors.gradients))
     for (const float v : bench.values(p.tensor)) sum += static_cast<double>(v) * v;
@@ -118,10 +126,10 @@ TEST_CASE("bf16 weights are their fp32 masters, rounded; masters read back give 
 TEST_CASE("the first step names tensors that no gradient reached, and moments that did not move") {
   Bench bench;
   bench.compute(1000);
-  CHECK_NOTHROW(check_first_gradients(bench.model, gradient_norm(bench.model)));
+  CHECK_NOTHROW(check_first_gradients(bench.model, bench.gradient_norm()));
   bench.backend->zero(bench.model.tensors.gradients.layers[1].down);
   CHECK_THROWS_WITH_AS(
-      check_first_gradients(bench.model, gradient_norm(bench.model)),
+      check_first_gradients(bench.model, bench.gradient_norm()),
       "first step: no gradient reached: layers.1.down; the run stops rather than train a part of the model",
       MachineError);
   update_weights(bench.model, {0.01, 0.9, 0.999, 1e-8, 0, 1, 1.0});
@@ -151,24 +159,24 @@ TEST_CASE("new weights follow from the seed, have the family's spread, and round
 TEST_CASE("an evaluation measures what a training step measures, touches no gradient, and visits rows in order") {
   Bench bench;
   const PairSums trained = bench.compute(1000);
-  const double norm = gradient_norm(bench.model).norm;
+  const double norm = bench.gradient_norm().norm;
   std::vector<int64_t> rows;
   const auto sums =
       evaluate(bench.model, bench.set, 20, [&](const TokenPair& pair, const PairResult&) { rows.push_back(pair.row); });
   REQUIRE(sums);
   CHECK(loss_of(*sums, bench.model.head) == doctest::Approx(loss_of(trained, bench.model.head)).epsilon(1e-5));
   CHECK(sums->pairs == trained.pairs);
-  CHECK(gradient_norm(bench.model).norm == norm);
+  CHECK(bench.gradient_norm().norm == norm);
   CHECK(rows == std::vector<int64_t>{1, 2, 3, 4, 5, 6});
 }
 
 TEST_CASE("one rank adds nothing") {
   Bench bench;
   bench.compute(1000);
-  const double norm = gradient_norm(bench.model).norm;
+  const double norm = bench.gradient_norm().norm;
   const auto alone = make_single_communicator();
   reduce_gradients(bench.model, *alone);
-  CHECK(gradient_norm(bench.model).norm == norm);
+  CHECK(bench.gradient_norm().norm == norm);
   CHECK(alone->size() == 1);
   CHECK(alone->any(true));
   CHECK_FALSE(alone->any(false));

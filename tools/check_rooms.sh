@@ -25,10 +25,10 @@ may_include() {
     done
   done
 }
-core='src/(fail|tensor|master|batch|objective|backend|shapes)\.h'
+core='src/(fail|tensor|master|batch|objective|preference|backend|shapes)\.h'
 may_include "tokenizer/*.h tokenizer/*.cpp" 'tokenizer/.*|src/(fail|files)\.h'
 may_include "data/*.h data/*.cpp" "data/.*|tokenizer/.*|src/rng\.h|src/files\.h|$core"
-may_include "src/backend.h src/objective.h src/batch.h src/tensor.h" "$core"
+may_include "src/backend.h src/objective.h src/preference.h src/batch.h src/tensor.h" "$core"
 may_include "src/cpu/*.h src/cpu/*.cpp" "src/cpu/.*|$core"
 may_include "cuda/*.cu" "cuda/(gpu|rows|tiles)\.cuh|src/objective\.h"
 may_include "cuda/*.h cuda/*.cuh" "cuda/.*|$core"

@@ -131,18 +131,19 @@ void update_block(MasterRun<T, A> master, A* first, A* second, const A* gradient
 
 }  // namespace
 
-std::vector<double> CpuBackend::sums_of_squares(std::span<const Tensor> gradients) {
-  shapes::sums_of_squares(gradients);
+void CpuBackend::sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) {
+  shapes::sums_of_squares(sums, gradients);
   const Blocks blocks(gradients, [](const Tensor& g) { return g; });
-  std::vector<double> partials(static_cast<size_t>(blocks.count())), sums(gradients.size());
+  std::vector<double> partials(static_cast<size_t>(blocks.count()));
   blocks.for_each([&](int64_t b, size_t t, int64_t begin, int64_t count) {
     with_dtype("sums_of_squares", gradients[t].dtype, [&](auto zero) {
       partials[static_cast<size_t>(b)] = squares_of_block(gradients[t].as<const decltype(zero)>() + begin, count);
     });
   });
-  for (size_t t = 0; t < sums.size(); ++t)
-    for (int64_t b = blocks.first(t); b < blocks.first(t + 1); ++b) sums[t] += partials[static_cast<size_t>(b)];
-  return sums;
+  for (size_t t = 0; t < gradients.size(); ++t) {
+    double& sum = sums.as<double>()[t] = 0;
+    for (int64_t b = blocks.first(t); b < blocks.first(t + 1); ++b) sum += partials[static_cast<size_t>(b)];
+  }
 }
 
 void CpuBackend::adamw(std::span<const AdamWTensors> list, const AdamW& settings) {

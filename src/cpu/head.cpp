@@ -93,39 +93,27 @@ template <class A> double sum_range(const A* values, int64_t begin, int64_t coun
 
 // Sums of a pair's log-probabilities -> its preference -> coefficients of its targets.
 template <class A>
-PairResult prefer(A* coefficient, const A* logp, const PairTargets& at, Objective objective, double lambda,
-                  const Normalisers& normalisers, bool nll_includes_prompt) {
+PairResult prefer(A* coefficient, const A* logp, const PairTargets& at, const PreferenceWeights& weights) {
   const int64_t chosen = at.begin + at.prompt, rejected = chosen + at.chosen;
-  PairResult result{sum_range(logp, chosen, at.chosen),
-                    sum_range(logp, rejected, at.rejected),
-                    sum_range(logp, at.begin, at.prompt),
-                    at.chosen,
-                    at.rejected,
-                    at.prompt,
-                    PairPreference{}};
-  const double nll = normalisers.nll_tokens > 0 ? 1 / normalisers.nll_tokens : 0;
-  double toward_chosen = 0, toward_rejected = 0;
-  if (at.chosen > 0 && at.rejected > 0) {
-    result.preference =
-        preference(objective, result.chosen_logp_sum / at.chosen, result.rejected_logp_sum / at.rejected);
-    const double weight = normalisers.pairs > 0 ? preference_weight(objective, lambda) / normalisers.pairs : 0;
-    toward_chosen = weight * -result.preference.d_chosen / at.chosen;
-    toward_rejected = weight * -result.preference.d_rejected / at.rejected;
-  }
-  std::fill(coefficient + at.begin, coefficient + chosen, static_cast<A>(nll_includes_prompt ? nll : 0));
-  std::fill(coefficient + chosen, coefficient + rejected, static_cast<A>(nll + toward_chosen));
-  std::fill(coefficient + rejected, coefficient + at.end(), static_cast<A>(toward_rejected));
+  const PairResult result = pair_result(weights, at, sum_range(logp, at.begin, at.prompt),
+                                        sum_range(logp, chosen, at.chosen), sum_range(logp, rejected, at.rejected));
+  const PairCoefficients c = pair_coefficients(weights, result);
+  std::fill(coefficient + at.begin, coefficient + chosen, static_cast<A>(c.prompt));
+  std::fill(coefficient + chosen, coefficient + rejected, static_cast<A>(c.chosen));
+  std::fill(coefficient + rejected, coefficient + at.end(), static_cast<A>(c.rejected));
   return result;
 }
 
 }  // namespace
 
-void CpuBackend::preference(PairResult* results, const Tensor& coefficient, const Tensor& logp,
+void CpuBackend::preference(const Tensor& results, const Tensor& coefficient, const Tensor& logp,
                             const Tensor& pair_targets, Objective objective, double lambda,
                             const Normalisers& normalisers, bool nll_includes_prompt) {
-  shapes::preference(coefficient, logp, pair_targets);
+  shapes::preference(results, coefficient, logp, pair_targets);
   static_assert(sizeof(PairTargets) == 4 * sizeof(int32_t));
   const auto* pairs = reinterpret_cast<const PairTargets*>(pair_targets.as<const int32_t>());
+  auto* found = reinterpret_cast<PairResult*>(results.as<double>());
+  const PreferenceWeights weights = preference_weights(objective, lambda, normalisers, nll_includes_prompt);
   with_dtype("preference", logp.dtype, [&](auto zero) {
     using A = Accumulator<decltype(zero)>;
     for (int64_t i = 0; i < pair_targets.rows(); ++i) {
@@ -134,8 +122,7 @@ void CpuBackend::preference(PairResult* results, const Tensor& coefficient, cons
           "preference",
           at.begin >= 0 && at.prompt >= 0 && at.chosen >= 0 && at.rejected >= 0 && at.end() <= logp.elements(), "pair ",
           i, " has targets [", at.begin, ", ", at.end(), ") of ", logp.elements());
-      results[i] =
-          prefer(coefficient.as<A>(), logp.as<const A>(), at, objective, lambda, normalisers, nll_includes_prompt);
+      found[i] = prefer(coefficient.as<A>(), logp.as<const A>(), at, weights);
     }
   });
 }
