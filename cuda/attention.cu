@@ -1,5 +1,6 @@
 // Attention over the packed stream (FlashAttention-2, Dao 2023): a block takes a tile of queries of one head and meets
 // the keys that it sees, tile by tile; scores stay in registers. The backward pass has no kernels yet.
+#include "cuda/attention.cuh"
 #include "cuda/gpu.cuh"
 #include "cuda/tiles.cuh"
 
@@ -8,18 +9,6 @@ namespace orpo {
 namespace {
 
 constexpr int threads = 128;
-
-// What a kernel has to know of qkv[rows, (heads + 2 kv_heads) * head_dim].
-struct Layout {
-  int heads, kv_heads, head_dim, window;
-  int64_t rows;
-  float scale;
-
-  __device__ int64_t pitch() const { return int64_t{heads + 2 * kv_heads} * head_dim; }
-  __device__ int64_t query(int head) const { return int64_t{head} * head_dim; }
-  __device__ int64_t key(int head) const { return int64_t{heads + head / (heads / kv_heads)} * head_dim; }
-  __device__ int64_t value(int head) const { return key(head) + int64_t{kv_heads} * head_dim; }
-};
 
 // ---- bf16: tensor cores; head sizes up to D, padded with zeros in shared memory
 
@@ -239,7 +228,7 @@ void CudaBackend::attention_forward(const Tensor& out, const Tensor& lse, const 
                                     const AttentionShape& shape) {
   shapes::attention("attention_forward", qkv, out, lse, batch, shape);
   const int64_t rows = qkv.rows(), segments = batch.segments.rows(), most = most_tiles(rows, segments);
-  const Layout at{shape.heads, shape.kv_heads, shape.head_dim, shape.window, rows, shape.scale};
+  const Layout at = layout_of(qkv, shape);
   static_assert(sizeof(Segment) == 4 * sizeof(int32_t));
   QueryTile* tiles = scratch<QueryTile>(most + 1);
   auto* tile_count = reinterpret_cast<int32_t*>(tiles + most);
@@ -251,7 +240,7 @@ void CudaBackend::attention_forward(const Tensor& out, const Tensor& lse, const 
     if (qkv.dtype == DType::f32)
       return launch(attention_forward_fp32_kernel, grid, threads, 0, compute_, out.as<float>(), lse.as<float>(),
                     qkv.as<const float>(), tiles, tile_count, at);
-    const bool aligned = rows_aligned({&qkv, &out}) && shape.head_dim % 8 == 0;
+    const bool aligned = heads_aligned({&qkv, &out}, shape);
     constexpr size_t shared_rows = query_rows + 2 * key_rows_of<d()>;
     launch(aligned ? attention_forward_kernel<d(), true> : attention_forward_kernel<d(), false>, grid, threads,
            shared_rows * pitch_of<d()> * sizeof(bf16), compute_, out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(),

@@ -27,6 +27,10 @@ struct Refused {
     rope_backward,
     attention_segment,
     attention_end,
+    keep_sequence,
+    keep_position,
+    decode_sequence,
+    decode_position,
     gather,
     scatter_add,
     head_forward,
@@ -65,6 +69,10 @@ class CudaBackend {
   void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape);
   void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
                          const AttentionShape& shape);
+  void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
+                        const Tensor& positions, const AttentionShape& shape);
+  void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
+                        const Tensor& sequences, const Tensor& positions, const AttentionShape& shape);
   void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation);
   void activation_backward(const Tensor& dgate_up, const Tensor& out, const Tensor& dout, const Tensor& gate_up,
                            Activation activation);

@@ -65,6 +65,16 @@ Message message_of(Refused::Kind kind) {
               "segments in order; segment %lld is {%lld, %lld, %lld, %lld} where row %lld comes next"};
     case Refused::attention_end:
       return {"attention_forward", "segments of the whole stream; the segments end at row %lld, the stream has %lld"};
+    case Refused::keep_sequence:
+      return {"keep_keys_values", "sequences of the cache; sequence %lld is %lld of %lld"};
+    case Refused::keep_position:
+      return {"keep_keys_values",
+              "room; the cache is full: position %lld of sequence %lld where there is room for %lld"};
+    case Refused::decode_sequence:
+      return {"attention_decode", "sequences of the cache; sequence %lld is %lld of %lld"};
+    case Refused::decode_position:
+      return {"attention_decode",
+              "room; the cache is full: position %lld of sequence %lld where there is room for %lld"};
     case Refused::gather:
       return {"gather", "rows of the stream; target row %lld is %lld of %lld"};
     case Refused::scatter_add:

@@ -56,17 +56,19 @@ struct Result {
   Values out, lse, dqkv;
 };
 
-Result run(Backend& backend, DType dtype, const Problem& p, const Stream& s) {
+// shift: how many entries past an aligned address the tensors begin.
+Result run(Backend& backend, DType dtype, const Problem& p, const Stream& s, int64_t shift = 0) {
   Values packed;
   for (const Segment& at : s.segments)
     for (int32_t v : {at.begin, at.trunk, at.chosen, at.rejected}) packed.push_back(v);
   DeviceTensor segments(backend, DType::i32, {static_cast<int64_t>(s.segments.size()), 4}, packed);
   DeviceBatch batch;
   batch.segments = segments;
-  DeviceTensor qkv(backend, dtype, {p.rows, p.width()}, p.qkv), out(backend, dtype, {p.rows, p.out_width()}, 99),
-      dout(backend, dtype, {p.rows, p.out_width()}, p.dout);
-  DeviceTensor lse(backend, accumulation_dtype(dtype), {p.shape.heads, p.rows}, 99),
-      dqkv(backend, dtype, {p.rows, p.width()}, 99);
+  ShiftedTensor qkv(backend, dtype, {p.rows, p.width()}, p.qkv, shift),
+      out(backend, dtype, {p.rows, p.out_width()}, 99, shift),
+      dout(backend, dtype, {p.rows, p.out_width()}, p.dout, shift);
+  DeviceTensor lse(backend, accumulation_dtype(dtype), {p.shape.heads, p.rows}, 99);
+  ShiftedTensor dqkv(backend, dtype, {p.rows, p.width()}, 99, shift);
   backend.attention_forward(out, lse, qkv, batch, p.shape);
   backend.synchronize();  // where a GPU refuses
   backend.attention_backward(dqkv, dout, out, lse, qkv, batch, p.shape);
@@ -136,10 +138,20 @@ template <class T> Result naive(const Problem& p, const Stream& s) {
   return result;
 }
 
-void compare(Backend& backend, DType dtype, const Stream& s, const Problem& p) {
-  const Result actual = run(backend, dtype, p, s), reference = naive<long double>(p, s);
-  with_type(dtype, [&](auto zero) {
-    const Result same = naive<decltype(zero)>(p, s);
+// On every device, or on the CPU alone; what is naive is computed once a dtype.
+void compare(const Stream& s, const std::function<Problem(DType)>& problem, bool cpu_alone = false) {
+  std::map<DType, std::pair<Result, Result>> expected;
+  each_device([&](Backend& backend, DType dtype) {
+    if (cpu_alone && backend.name() != "cpu") return;
+    const Problem p = problem(dtype);
+    CAPTURE(p.shape.heads);
+    CAPTURE(p.shape.head_dim);
+    CAPTURE(p.shape.window);
+    CAPTURE(p.rows);
+    if (!expected.count(dtype))
+      with_type(dtype, [&](auto zero) { expected[dtype] = {naive<decltype(zero)>(p, s), naive<long double>(p, s)}; });
+    const Result actual = run(backend, dtype, p, s);
+    const auto& [same, reference] = expected[dtype];
     check_close("out", actual.out, same.out, reference.out, dtype);
     // Sums of head_dim products that may nearly cancel, in another order.
     check_close("lse", actual.lse, same.lse, reference.lse, accumulation_dtype(dtype), 2, 8);
@@ -147,46 +159,50 @@ void compare(Backend& backend, DType dtype, const Stream& s, const Problem& p) {
     check_close("dqkv", actual.dqkv, same.dqkv, reference.dqkv, dtype, 3, 16);
   });
 }
-void compare(Backend& backend, DType dtype, const Stream& s, const Heads& heads, int window, uint64_t seed = 1) {
-  CAPTURE(heads.head_dim);
-  CAPTURE(window);
-  CAPTURE(s.rows());
-  compare(backend, dtype, s, Problem(s, heads, window, dtype, seed));
+void compare(const Stream& s, const Heads& heads, int window, uint64_t seed = 1, bool cpu_alone = false) {
+  compare(s, [&](DType dtype) { return Problem(s, heads, window, dtype, seed); }, cpu_alone);
 }
 
 }  // namespace
 
 TEST_CASE("attention: the packed stream equals naive attention over separate sequences") {
-  each_device([](Backend& backend, DType dtype) {
-    for (const Heads& heads :
-         {Heads{1, 1, 1}, Heads{3, 1, 6}, Heads{2, 2, 10}, Heads{6, 2, 64}, Heads{1, 1, 80}, Heads{32, 1, 3}})
-      for (const Stream& s : streams())
-        for (int window : {0, 1, 5}) {
-          if (heads.query == 32 && backend.name() != "cpu") continue;  // takes the emulator long
-          if (window == 1 && heads.query * heads.head_dim * s.rows() > 10000) continue;  // the naive side takes long
-          compare(backend, dtype, s, heads, window);
-        }
-  });
+  for (const Heads& heads :
+       {Heads{1, 1, 1}, Heads{3, 1, 6}, Heads{2, 2, 10}, Heads{6, 2, 64}, Heads{1, 1, 80}, Heads{32, 1, 3}})
+    for (const Stream& s : streams())
+      for (int window : {0, 1, 5}) {
+        if (window == 1 && heads.query * heads.head_dim * s.rows() > 10000) continue;  // the naive side takes long
+        const bool long_on_the_emulator = heads.query == 32;
+        compare(s, heads, window, 1, long_on_the_emulator);
+      }
 }
 
 TEST_CASE("attention: head sizes up to 256") {
-  each_device([](Backend& backend, DType dtype) {
-    for (const Heads& heads :
-         {Heads{2, 1, 8}, Heads{1, 1, 96}, Heads{1, 1, 100}, Heads{2, 1, 128}, Heads{1, 1, 160}, Heads{1, 1, 256}})
-      for (int window : {0, 5}) compare(backend, dtype, stream({{70, 3, 65}, {5, 2, 3}}), heads, window);
-  });
+  for (const Heads& heads : {Heads{2, 1, 8}, Heads{1, 1, 20}, Heads{1, 1, 96}, Heads{1, 1, 100}, Heads{2, 1, 128},
+                             Heads{1, 1, 160}, Heads{1, 1, 256}})
+    for (int window : {0, 5}) compare(stream({{70, 3, 65}, {5, 2, 3}}), heads, window);
 }
 
 // Segments of several tiles and strips, the largest and an odd head size, more heads than a tile has rows for.
 TEST_CASE("attention: long segments and large heads equal naive attention over separate sequences") {
+  for (const Heads& heads : {Heads{2, 1, 6}, Heads{3, 3, 33}, Heads{1, 1, 256}, Heads{129, 1, 2}})
+    for (int window : {0, 100}) {
+      const bool small = heads.query * heads.head_dim < 16;
+      const Stream s = small ? stream({{300, 370, 130}, {1, 600, 2}}) : stream({{50, 91, 20}});
+      const bool long_on_the_emulator = small || heads.query == 129;
+      compare(s, heads, window, 13, long_on_the_emulator);
+    }
+}
+
+TEST_CASE("attention: tensors at any address give the same bits") {
   each_device([](Backend& backend, DType dtype) {
-    for (const Heads& heads : {Heads{2, 1, 6}, Heads{3, 3, 33}, Heads{1, 1, 256}, Heads{129, 1, 2}})
-      for (int window : {0, 100}) {
-        const bool small = heads.query * heads.head_dim < 16;
-        const Stream s = small ? stream({{300, 370, 130}, {1, 600, 2}}) : stream({{50, 91, 20}});
-        if ((small || heads.query == 129) && backend.name() != "cpu") continue;  // takes the emulator long
-        compare(backend, dtype, s, heads, window, 13);
-      }
+    for (int head_dim : {24, 64}) {
+      const Stream s = stream({{20, 50, 3}, {0, 2, 1}});
+      const Problem p(s, {3, 1, head_dim}, 9, dtype, 17);
+      const Result aligned = run(backend, dtype, p, s), shifted = run(backend, dtype, p, s, 1);
+      CHECK(aligned.out == shifted.out);
+      CHECK(aligned.lse == shifted.lse);
+      CHECK(aligned.dqkv == shifted.dqkv);
+    }
   });
 }
 
@@ -242,12 +258,12 @@ TEST_CASE("attention: large scores stay finite") {
 }
 
 TEST_CASE("attention: a maximum that rises over several tiles") {
-  each_device([](Backend& backend, DType dtype) {
-    const Stream s = stream({{150, 170, 90}});
+  const Stream s = stream({{150, 170, 90}});
+  compare(s, [&](DType dtype) {
     Problem p(s, {2, 1, 10}, 0, dtype, 15);
     for (int64_t r = 0; r < p.rows; ++r)  // keys grow along the stream
       for (int64_t i = 20; i < 30; ++i) p.qkv[r * p.width() + i] = rounded(p.qkv[r * p.width() + i] * r / 20., dtype);
-    compare(backend, dtype, s, p);
+    return p;
   });
 }
 

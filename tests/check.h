@@ -214,6 +214,35 @@ class DeviceTensor {
   Tensor tensor_;
 };
 
+// A tensor that begins some entries past an aligned address.
+class ShiftedTensor {
+ public:
+  ShiftedTensor(Backend& backend, DType dtype, std::initializer_list<int64_t> shape, const Values& values,
+                int64_t shift)
+      : memory_(backend, dtype, {shift + static_cast<int64_t>(values.size())}, padded(values, shift)),
+        view_(static_cast<char*>((*memory_).data) + shift * dtype_bytes(dtype), dtype, shape),
+        shift_(shift) {
+    REQUIRE(view_.elements() == static_cast<int64_t>(values.size()));
+  }
+  ShiftedTensor(Backend& backend, DType dtype, std::initializer_list<int64_t> shape, double fill, int64_t shift)
+      : ShiftedTensor(backend, dtype, shape,
+                      Values(static_cast<size_t>(Tensor(nullptr, dtype, shape).elements()), fill), shift) {}
+  operator const Tensor&() const { return view_; }
+  Values values() const {
+    const Values all = memory_.values();
+    return {all.begin() + shift_, all.end()};
+  }
+
+ private:
+  static Values padded(Values values, int64_t shift) {
+    values.insert(values.begin(), static_cast<size_t>(shift), 99);
+    return values;
+  }
+  DeviceTensor memory_;
+  Tensor view_;
+  int64_t shift_;
+};
+
 // ---- the tolerance rule
 
 inline double largest_error(const Values& a, const Values& b) {

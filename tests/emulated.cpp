@@ -82,11 +82,11 @@ class EmulatedBackend final : public Backend {
   }
   void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
                         const Tensor& positions, const AttentionShape& shape) override {
-    cpu_->keep_keys_values(keys, values, qkv, sequences, positions, shape);
+    gpu_.keep_keys_values(keys, values, qkv, sequences, positions, shape);
   }
   void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,
                         const Tensor& sequences, const Tensor& positions, const AttentionShape& shape) override {
-    cpu_->attention_decode(out, qkv, keys, values, sequences, positions, shape);
+    gpu_.attention_decode(out, qkv, keys, values, sequences, positions, shape);
   }
   void activation_forward(const Tensor& out, const Tensor& gate_up, Activation activation) override {
     gpu_.activation_forward(out, gate_up, activation);

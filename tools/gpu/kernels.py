@@ -142,6 +142,10 @@ KERNELS = {
     "attention_forward_kernel": Kernel(128, operation("attention_forward", lambda j: [str(padded_head(j)), "true"],
                                                       lambda j: query_tiles(j) * j.model.heads), attention_shared),
     "attention_forward_fp32_kernel": Kernel(128, never),
+    # attention_decode.cu
+    "keep_kernel": Kernel(128, never),
+    "attend_kernel": Kernel(128, never),
+    "join_kernel": Kernel(64, never),
     # head.cu
     "log_probability_kernel": Kernel(256, operation("head_forward", ["true"], chunk)),
     "preference_kernel": Kernel(32, operation("preference", [], lambda j: max(1, j.batch.pairs // j.head_chunks()[1]))),
