@@ -86,6 +86,26 @@ TEST_CASE("embedding: learned positions are added, and get the gradient of the r
   });
 }
 
+TEST_CASE("embedding, scatter_add: the same bits, whatever the number of threads") {
+  const int64_t many = 333, wide = 123, listed = 2 * many;
+  Values ids(many), list(listed), first;
+  for (int64_t r = 0; r < many; ++r) ids[r] = static_cast<double>(r * r % 37);  // a row of the table receives many
+  for (int64_t r = 0; r < listed; ++r) list[r] = static_cast<double>(r * r % many);
+  for (const int threads : {1, 2, 64}) {
+    const auto backend = make_cpu_backend(threads);
+    DeviceTensor dout(*backend, DType::bf16, {many, wide}, random_values(many * wide, 1)),
+        din(*backend, DType::bf16, {listed, wide}, random_values(listed * wide, 2));
+    DeviceTensor token(*backend, DType::i32, {many}, ids), at(*backend, DType::i32, {listed}, list),
+        dweight(*backend, DType::f32, {vocab, wide});
+    backend->embedding_backward(dweight, {}, dout, token, {}, -1);
+    backend->scatter_add(dout, din, at);
+    Values both = dweight.values();
+    for (const double v : dout.values()) both.push_back(v);
+    if (first.empty()) first = both;
+    CHECK(both == first);
+  }
+}
+
 TEST_CASE("embedding: refuses tokens and shapes it cannot look up") {
   each_device([](Backend& backend, DType dtype) {
     DeviceTensor weight(backend, dtype, {vocab, width}), out(backend, dtype, {2, width}),

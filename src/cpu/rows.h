@@ -35,16 +35,16 @@ void add_to_rows(const Tensor& out, const Tensor& table, const Tensor& indices) 
   });
 }
 
-// table[indices[i]] += rows[i], in the order of i, but where the index is `left_out`. Each thread owns columns, so
-// equal indices meet in that order.
+// table[indices[i]] += rows[i], in the order of i, but where the index is `left_out`. A task owns some columns of some of
+// the table's rows, so equal indices meet in that order.
 template <class To, class From>
 void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices, int64_t left_out = -1) {
   using A = Accumulator<From>;
   const int64_t width = rows.columns(), count = rows.rows();
   const int32_t* index = indices.as<const int32_t>();
-  for_column_blocks(width, [&](int64_t begin, int64_t columns) {
+  for_column_blocks(width, [&](int64_t begin, int64_t columns, int64_t part, int64_t parts) {
     for (int64_t row = 0; row < count; ++row) {
-      if (index[row] == left_out) continue;
+      if ((index[row] & (parts - 1)) != part || index[row] == left_out) continue;
       To* to = table.as<To>() + index[row] * width + begin;
       const From* from = rows.as<From>() + row * width + begin;
       for_vectors<A>(columns, [&](int64_t i, auto n) { store(to + i, load(to + i, n) + load(from + i, n), n); });

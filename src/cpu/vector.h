@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -299,25 +300,41 @@ template <class Body> void for_rows(int64_t rows, Body&& body) {
   for (int64_t row = 0; row < rows; ++row) body(row);
 }
 
-// body(begin, count) over columns in blocks of a few cache lines, or of one where there are many threads. For sums over
-// rows in row order: each thread owns its columns, so there is no lock and no dependence on the number of threads.
+// body(first, count, part, parts) over columns in blocks of a few cache lines, each block once for every one of `parts`
+// shares of a table's rows: those whose index has the low bits `part`. One share unless threads are many. For sums into
+// the table in an order of the caller's: each entry is one task's own, so there is no lock and no dependence on the
+// number of threads.
 template <class Body> void for_column_blocks(int64_t columns, Body&& body) {
-  const int64_t block = columns < int64_t{64} * 4 * omp_get_max_threads() ? 16 : 64;
-#pragma omp parallel for schedule(static)
-  for (int64_t begin = 0; begin < columns; begin += block) body(begin, std::min(block, columns - begin));
+  constexpr int64_t block = 64, tasks_per_thread = 4, most_parts = 64;
+  const int64_t blocks = (columns + block - 1) / block, tasks = tasks_per_thread * omp_get_max_threads();
+  int64_t parts = 1;  // a power of two: a row's share is its index's low bits
+  while (parts < most_parts && blocks * parts < tasks) parts *= 2;
+  for_rows(blocks * parts, [&](int64_t task) {
+    const int64_t begin = task / parts * block;
+    body(begin, std::min(block, columns - begin), task % parts, parts);
+  });
 }
 
 // total[width] += sum over rows, in an order that is fixed whatever the number of threads: body(partial, begin, end)
-// adds rows [begin, end) of a fixed block to its own zeroed partial[width]; the partials are then added block after
-// block.
+// adds rows [begin, end) of a block to its own zeroed partial[width]; the partials are then added block after block.
+// Blocks are cut by the number of rows alone: 8 rows each up to 2,048, then 256 blocks.
 template <class A, class Body> void add_row_blocks(A* total, int64_t rows, int64_t width, Body&& body) {
-  constexpr int64_t block = 64;
-  const int64_t blocks = (rows + block - 1) / block;
-  std::vector<A> partials(static_cast<size_t>(blocks * width));
-  for_rows(blocks, [&](int64_t b) { body(partials.data() + b * width, b * block, std::min(rows, (b + 1) * block)); });
-  for_column_blocks(width, [&](int64_t begin, int64_t count) {
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t i = begin; i < begin + count; ++i) total[i] += partials[static_cast<size_t>(b * width + i)];
+  const int64_t block = std::max<int64_t>(8, (rows + 255) / 256), blocks = (rows + block - 1) / block;
+  const auto partials = std::make_unique_for_overwrite<A[]>(static_cast<size_t>(blocks * width));
+  for_rows(blocks, [&](int64_t b) {
+    A* partial = partials.get() + b * width;
+    std::fill(partial, partial + width, A(0));
+    body(partial, b * block, std::min(rows, (b + 1) * block));
+  });
+  for_rows((width + lanes<A> - 1) / lanes<A>, [&](int64_t v) {
+    const int64_t begin = v * lanes<A>;
+    const auto add = [&](auto n) {
+      Vector<A> sum = load(total + begin, n);
+      for (int64_t b = 0; b < blocks; ++b) sum += load(partials.get() + b * width + begin, n);
+      store(total + begin, sum, n);
+    };
+    if (begin + lanes<A> <= width) add(Full<A>{});
+    else add(static_cast<int>(width - begin));
   });
 }
 
