@@ -133,45 +133,62 @@ Json measure_start_and_checkpoint(Bench& bench, const BenchModel& model) {
   return {{"start_seconds", start}, {"checkpoint_seconds", checkpoint}};
 }
 
-// Tokens a second of greedy decoding, and what of the memory's bandwidth that is: every token reads all weights that
-// rows are multiplied with.
+namespace {
+
+// Bytes that a token of each of `sequences` reads at a context of `positions`: all weights that rows are multiplied
+// with once, and the sequences' own keys and values.
+double bytes_read(const Config& c, DType dtype, size_t sequences, double positions) {
+  const double cached = 2.0 * c.layers * c.kv_heads * c.head_dim * positions * static_cast<double>(sequences);
+  return (static_cast<double>(c.matrix_weights() + c.head_weights()) + cached) *
+         static_cast<double>(dtype_bytes(dtype));
+}
+
+}  // namespace
+
 Json measure_decoding(Bench& bench, const BenchModel& model) {
-  const int64_t prompt = quick_or(bench, 8, 64), fresh = quick_or(bench, 16, 128);
   Options options = bench.options;
   options.model = model.folder.string(), options.data.clear();
   const DType dtype = dtype_of_options(options);
   options.dtype = dtype == DType::bf16 ? DTypeChoice::bf16 : DTypeChoice::fp32;
   const ModelDescription description = read_model_config(model.folder);
-  resolve_lengths(options, description.config);
-  const std::vector<Row> rows = equal_rows(prompt, 2, 8, model.vocab, bench.options.seed);
-  const std::string file = (bench.work.path() / "rows.jsonl").string();
-  write_rows(file, rows);
-  const std::unique_ptr<PairSet> set = load_rows(options, {file}, description.config, nullptr);
-  std::vector<Tokens> prompts;
-  for (const Row& row : rows) prompts.push_back(row.prompt);
-  LoadedModel loaded(options, description, *set, decoding_limits(description.config, prompts, fresh));
-
-  const Config& c = description.config;
-  const double weights = static_cast<double>((c.matrix_weights() + c.head_weights()) * dtype_bytes(dtype));
+  const Config& config = description.config;
+  resolve_lengths(options, config);
+  const int64_t fresh = quick_or(bench, 16, 64), most = std::min(config.max_positions, quick_or(bench, 32, 2048));
   Json json = Json::array();
-  for (const size_t sequences : {1, 8}) {
-    const std::span<const Tokens> asked(prompts.data(), sequences);
+  for (const auto& [sequences, context] :
+       {std::pair{size_t{1}, fresh * 2}, {size_t{8}, fresh * 2}, {size_t{8}, most}}) {
+    const std::vector<Row> rows =
+        equal_rows(context - fresh, 2, static_cast<int64_t>(sequences), model.vocab, bench.options.seed);
+    const std::string file = (bench.work.path() / "rows.jsonl").string();
+    write_rows(file, rows);
+    const std::unique_ptr<PairSet> set = load_rows(options, {file}, config, nullptr);
+    std::vector<Tokens> prompts;
+    for (const Row& row : rows) prompts.push_back(row.prompt);
+    LoadedModel loaded(options, description, *set, decoding_limits(config, prompts, fresh));
     const auto seconds = [&](int64_t tokens) {
       double best = 1e30;
       for (int i = 0; i < 2; ++i) {
         const auto start = std::chrono::steady_clock::now();
-        decode(loaded.model(), asked, -1, tokens);
+        decode(loaded.model(), prompts, -1, tokens);
         best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
       }
       return best;
     };
+    progress(concat("decoding, ", sequences, " sequences at ", context).c_str());
     // The prompt's pass is the same in both.
-    const double passes = static_cast<double>(fresh - fresh / 4), pass = (seconds(fresh) - seconds(fresh / 4)) / passes;
-    const double rate = static_cast<double>(sequences) / pass, read = weights / pass;
-    std::printf("decoding, %s, %s, %zu sequence%s: %.1f tokens/s; weights read at %.1f GB/s, %.2f of the bandwidth\n",
-                model.name.c_str(), dtype_name(dtype), sequences, sequences == 1 ? "" : "s", rate, read / 1e9,
-                read / bench.machine.bandwidth);
-    json.push_back({{"sequences", sequences}, {"tokens_per_second", rate}, {"bytes_per_second", read}});
+    const int64_t few = fresh / 4;
+    const double pass = (seconds(fresh) - seconds(few)) / static_cast<double>(fresh - few);
+    const double rate = static_cast<double>(sequences) / pass,
+                 positions = static_cast<double>(context - (fresh - few) / 2),
+                 read = bytes_read(config, dtype, sequences, positions) / pass;
+    end_progress();
+    std::printf(
+        "decoding, %s, %s, %zu sequence%s at a context of %.0f: %.1f tokens/s; weights, keys and values read at "
+        "%.1f GB/s, %.2f of what reading alone reaches\n",
+        model.name.c_str(), dtype_name(dtype), sequences, sequences == 1 ? "" : "s", positions, rate, read / 1e9,
+        read / bench.machine.read_bandwidth);
+    json.push_back(
+        {{"sequences", sequences}, {"context", positions}, {"tokens_per_second", rate}, {"bytes_per_second", read}});
   }
   std::printf("\n");
   return json;

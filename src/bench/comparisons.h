@@ -16,7 +16,7 @@ Json compare_lengths(Bench& bench, const BenchModel& model);
 Json compare_threads(Bench& bench, const BenchModel& model);
 // What a start and a checkpoint take.
 Json measure_start_and_checkpoint(Bench& bench, const BenchModel& model);
-// Greedy decoding, against the memory's bandwidth. The model's folder has weights.
+// Greedy decoding, against the rate at which memory is read. The model's folder has weights.
 Json measure_decoding(Bench& bench, const BenchModel& model);
 
 }  // namespace orpo::bench

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <numeric>
 #include <vector>
 
 #include "src/arena.h"
@@ -33,18 +34,34 @@ double best_seconds(Run&& run, int repetitions, double enough) {
   return best;
 }
 
-double measure_bandwidth(int threads, bool quick) {
-  const int64_t n = (quick ? 4 : 64) << 20;
+struct Bandwidth {
+  double triad, read;  // bytes a second: a = b + s c, and the sum of an array
+};
+
+Bandwidth measure_bandwidth(int threads, bool quick) {
+  const int64_t n = (quick ? 4 : 64) << 20, block = 1 << 12, blocks = n / block;
   std::vector<float> a(n), b(n), c(n);
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < n; ++i) a[i] = 0, b[i] = 1, c[i] = 2;
-  const double seconds = best_seconds(
+  const double triad = best_seconds(
       [&] {
 #pragma omp parallel for simd num_threads(threads)
         for (int64_t i = 0; i < n; ++i) a[i] = b[i] + 3 * c[i];
       },
       5, 2);
-  return 3.0 * static_cast<double>(n) * sizeof(float) / seconds;
+  const double read = best_seconds(
+      [&] {
+#pragma omp parallel for num_threads(threads)
+        for (int64_t i = 0; i < blocks; ++i) {
+          float sums[64] = {};  // enough side by side to wait for memory alone
+          for (const float* p = &b[i * block]; p < &b[i * block] + block; p += 64)
+            for (int l = 0; l < 64; ++l) sums[l] += p[l];
+          a[i] = std::accumulate(sums, sums + 64, 0.f);  // or the compiler leaves the loop out
+        }
+      },
+      5, 1);
+  const double bytes = static_cast<double>(n) * sizeof(float);
+  return {3 * bytes / triad, bytes / read};
 }
 
 std::string processor_name() {
@@ -127,21 +144,27 @@ Machine measure_machine(Backend& backend, int threads, bool quick) {
   m.processor = processor_name();
   m.instructions = instruction_set();
   m.threads = threads > 0 ? threads : omp_get_num_procs();
-  m.bandwidth = measure_bandwidth(m.threads, quick);
+  const Bandwidth bandwidth = measure_bandwidth(m.threads, quick);
+  m.bandwidth = bandwidth.triad, m.read_bandwidth = bandwidth.read;
   m.bf16_rate = std::max(measure_gemm_rate(backend, DType::bf16), library_rate(DType::bf16, quick));
   m.fp32_rate = std::max(measure_gemm_rate(backend, DType::f32), library_rate(DType::f32, quick));
   return m;
 }
 
 Json machine_json(const Machine& m) {
-  return {{"processor", m.processor},   {"instructions", m.instructions},  {"threads", m.threads},
-          {"bandwidth", m.bandwidth}, {"gemm_rate", {{"bf16", m.bf16_rate}, {"fp32", m.fp32_rate}}}};
+  return {{"processor", m.processor},
+          {"instructions", m.instructions},
+          {"threads", m.threads},
+          {"bandwidth", m.bandwidth},
+          {"read_bandwidth", m.read_bandwidth},
+          {"gemm_rate", {{"bf16", m.bf16_rate}, {"fp32", m.fp32_rate}}}};
 }
 
 std::string machine_text(const Machine& m) {
   return concat("machine: ", m.processor, ", ", m.threads, m.threads == 1 ? " thread, " : " threads, ", m.instructions,
-                "; memory ", number_text(m.bandwidth / 1e9, 1), " GB/s; 2048^3 products ",
-                number_text(m.bf16_rate / 1e9, 0), " GFLOP/s bf16, ", number_text(m.fp32_rate / 1e9, 0), " fp32\n");
+                "; memory ", number_text(m.bandwidth / 1e9, 1), " GB/s, reading alone ",
+                number_text(m.read_bandwidth / 1e9, 1), "; 2048^3 products ", number_text(m.bf16_rate / 1e9, 0),
+                " GFLOP/s bf16, ", number_text(m.fp32_rate / 1e9, 0), " fp32\n");
 }
 
 ProductsAlone products_alone(Backend& backend, DType dtype, const Json& products, bool of_head) {

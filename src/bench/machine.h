@@ -14,6 +14,7 @@ struct Machine {
   std::string instructions;  // the widest set that products use
   int threads = 0;
   double bandwidth = 0;                  // bytes a second, all threads: a = b + s c over arrays beyond every cache
+  double read_bandwidth = 0;             // the same for the sum of such an array
   double bf16_rate = 0, fp32_rate = 0;   // FLOP/s of the 2048^3 product: the best of ours and oneDNN's own
   double gemm_rate(DType dtype) const { return dtype == DType::bf16 ? bf16_rate : fp32_rate; }
 };

@@ -35,8 +35,8 @@ void add_to_rows(const Tensor& out, const Tensor& table, const Tensor& indices) 
   });
 }
 
-// table[indices[i]] += rows[i], in the order of i, but where the index is `left_out`. A task owns some columns of some of
-// the table's rows, so equal indices meet in that order.
+// table[indices[i]] += rows[i], in the order of i, but where the index is `left_out`. A task owns some columns of some
+// of the table's rows, so equal indices meet in that order.
 template <class To, class From>
 void add_rows(const Tensor& table, const Tensor& rows, const Tensor& indices, int64_t left_out = -1) {
   using A = Accumulator<From>;

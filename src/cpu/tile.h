@@ -7,8 +7,6 @@
 //   paired  [n / step][width]              words that join the same column of `step` rows: depth along the rows
 #pragma once
 
-#include <array>
-
 #include "src/cpu/vector.h"
 
 namespace orpo::cpu {
@@ -19,7 +17,7 @@ inline constexpr int block_rows = vector_bytes == 64 ? 8 : 4;
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t round_down(int64_t n, int64_t to) { return n / to * to; }
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define ORPO_BF16_PAIRS
 #endif
 
@@ -101,7 +99,7 @@ template <class A> inline const A* pair_rows(A* /*to*/, const A* rows, int64_t /
 }
 
 #if defined(ORPO_BF16_PAIRS)
-using TwoRows = std::array<HalfWords, 2>;
+typedef uint16_t TwoRows __attribute__((vector_size(vector_bytes)));
 
 inline TwoRows rounded(const Vector<float> (&row)[2]) {
   return std::bit_cast<TwoRows>(_mm512_cvtne2ps_pbh(row[1], row[0]));
@@ -109,15 +107,29 @@ inline TwoRows rounded(const Vector<float> (&row)[2]) {
 
 inline void store_rows(bf16* to, int64_t pitch, const Vector<float> (&row)[2]) {
   const TwoRows r = rounded(row);
-  std::memcpy(to, &r[0], sizeof r[0]);
-  std::memcpy(to + pitch, &r[1], sizeof r[1]);
+  const HalfWords low = __builtin_shufflevector(r, r, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                  high = __builtin_shufflevector(r, r, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+  std::memcpy(to, &low, sizeof low);
+  std::memcpy(to + pitch, &high, sizeof high);
 }
 
-inline void store_paired(uint32_t* to, const TwoRows& rows) {
-  typedef uint16_t Order __attribute__((vector_size(vector_bytes)));
-  constexpr Order order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i words = _mm512_permutexvar_epi16((__m512i)order, std::bit_cast<__m512i>(rows));
+// Two vectors side by side, in a register: through memory a load would wait for both their stores.
+inline TwoRows joined(HalfWords low, HalfWords high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+                                 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+inline Words paired(TwoRows r) {
+  return std::bit_cast<Words>(__builtin_shufflevector(r, r, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                                      24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+}
+// The first n entries of a row and of another (null: zeros), the rest 0.
+template <class Count> inline Words paired(const bf16* row, const bf16* other, Count n) {
+  const auto read = [&](const bf16* p) { return (HalfWords)_mm256_maskz_loadu_epi16(__mmask16(first(n)), p); };
+  return paired(joined(read(row), other ? read(other) : HalfWords{}));
+}
+inline void store_paired(uint32_t* to, TwoRows rows) {
+  const Words words = paired(rows);
   std::memcpy(to, &words, sizeof words);
 }
 inline void store_paired(uint32_t* to, const Vector<float> (&row)[2]) { store_paired(to, rounded(row)); }
@@ -125,10 +137,10 @@ inline void store_paired(uint32_t* to, const Vector<float> (&row)[2]) { store_pa
 inline const uint32_t* pair_rows(uint32_t* to, const bf16* rows, int64_t count, int64_t width) {
   for (int64_t r = 0; r < count; r += 2)
     for (int64_t i = 0; i < width; i += lanes<float>) {
-      TwoRows two;
+      HalfWords two[2];
       std::memcpy(&two[0], rows + r * width + i, sizeof two[0]);
       std::memcpy(&two[1], rows + (r + 1) * width + i, sizeof two[1]);
-      store_paired(to + r / 2 * width + i, two);
+      store_paired(to + r / 2 * width + i, joined(two[0], two[1]));
     }
   return to;
 }

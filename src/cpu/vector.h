@@ -333,8 +333,10 @@ template <class A, class Body> void add_row_blocks(A* total, int64_t rows, int64
       for (int64_t b = 0; b < blocks; ++b) sum += load(partials.get() + b * width + begin, n);
       store(total + begin, sum, n);
     };
-    if (begin + lanes<A> <= width) add(Full<A>{});
-    else add(static_cast<int>(width - begin));
+    if (begin + lanes<A> <= width)
+      add(Full<A>{});
+    else
+      add(static_cast<int>(width - begin));
   });
 }
 
