@@ -41,6 +41,8 @@ struct Refused {
   RefusedNumbers numbers;
 };
 
+class MatrixProducts;  // products.h
+
 class CudaBackend {
  public:
   CudaBackend();
@@ -59,6 +61,9 @@ class CudaBackend {
                          const Tensor& positions);
   void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
                           const Tensor& tokens, const Tensor& positions, int64_t padding);
+  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias);
+  void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
+                       const Tensor& in, const Tensor& weight);
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                     const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
                     double epsilon);
@@ -92,11 +97,13 @@ class CudaBackend {
     return static_cast<T*>(reserve_scratch(count * static_cast<int64_t>(sizeof(T))));
   }
   void* reserve_scratch(int64_t bytes);
+  MatrixProducts& products();  // made when first asked for
 
   GpuStream compute_ = nullptr;  // what every kernel runs on
   Refused* refused_;             // on the device
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
+  std::shared_ptr<MatrixProducts> products_;
 };
 
 }  // namespace orpo

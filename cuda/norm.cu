@@ -1,5 +1,6 @@
 // Layer norm and RMS norm after the residual addition: a block a row.
 #include "cuda/gpu.cuh"
+#include "cuda/partials.cuh"
 
 namespace orpo {
 
@@ -161,17 +162,6 @@ template <bool aligned, bool layer, class T> __global__ void __launch_bounds__(t
   }
 }
 
-// gradients += the blocks' partial sums, block after block; blockIdx.y: dweight, then dbias.
-__global__ void add_partials_kernel(float* dweight, float* dbias, const float* partials, int64_t count, int64_t width,
-                                    int64_t pitch) {
-  const int64_t i = int64_t{blockIdx.x} * threads + threadIdx.x;
-  if (i >= width) return;
-  float* gradient = blockIdx.y == 0 ? dweight : dbias;
-  float total = gradient[i];
-  for (int64_t p = blockIdx.y; p < count * gridDim.y; p += gridDim.y) total += partials[p * pitch + i];
-  gradient[i] = total;
-}
-
 }  // namespace
 
 void CudaBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
@@ -197,8 +187,7 @@ void CudaBackend::norm_backward(const Tensor& dsum, const Tensor& dweight, const
       });
     });
   });
-  launch(add_partials_kernel, dim3(blocks_for(width, threads), static_cast<unsigned>(kinds)), threads, 0, compute_,
-         dweight.as<float>(), dbias ? dbias.as<float>() : nullptr, partials, blocks, width, pitch);
+  add_partials(compute_, dweight.as<float>(), dbias ? dbias.as<float>() : nullptr, partials, blocks, width, pitch);
 }
 
 }  // namespace orpo

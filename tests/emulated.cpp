@@ -50,11 +50,11 @@ class EmulatedBackend final : public Backend {
     gpu_.embedding_backward(dweight, dposition_weight, dout, tokens, positions, padding);
   }
   void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
-    cpu_->linear_forward(out, in, weight, bias);
+    gpu_.linear_forward(out, in, weight, bias);
   }
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
                        const Tensor& in, const Tensor& weight) override {
-    cpu_->linear_backward(din, dweight, dbias, dout, in, weight);
+    gpu_.linear_backward(din, dweight, dbias, dout, in, weight);
   }
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                     const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,

@@ -30,6 +30,9 @@ KERNELS = [
     ("norm", "norm_backward_kernel<false, true, orpo::bf16>", 2, 0,
      "*dsum *partials *dout *dout *sum *mean *rstd *weight *bias 5 2051 2056 true false"),
     ("norm", "add_partials_kernel", 2, 0, "*dweight *dbias *partials 3 300 304"),
+    ("linear", "fill_rows_kernel<float, orpo::bf16>", 2, 0, "*out *bias 3 170 176"),
+    ("linear", "column_sums_kernel<true, orpo::bf16>", 2, 0, "*sums *x 30 504 512 17"),
+    ("linear", "column_sums_kernel<false, float>", 2, 0, "*sums *x 30 201 203 17"),
     ("activation", "activation_forward_kernel<true, 0, orpo::bf16>", 2, 0, "*out *gate_up 3 1000 125"),
     ("activation", "activation_forward_kernel<false, 1, float>", 2, 0, "*out *gate_up 3 1000 125"),
     ("activation", "activation_backward_kernel<true, 0, orpo::bf16>", 2, 0, "*gate_up *dout *dout *gate_up 3 1000 125"),
@@ -38,7 +41,7 @@ KERNELS = [
     ("adamw", "squares_kernel<true, float>", 2, 0, "*partials *x 20000"),
     ("adamw", "total_kernel", 1, 0, "*total *partials 600"),
 ]
-BLOCK = {"norm": 256, "activation": 256, "memory": 256, "adamw": 256}
+BLOCK = {"norm": 256, "linear": 256, "activation": 256, "memory": 256, "adamw": 256}
 
 
 def rewrite(ptx):

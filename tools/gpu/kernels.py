@@ -11,8 +11,7 @@ from typing import Callable
 from .costs import Call, calls
 
 # Operations of a step that no kernel of ours launches.
-ELSEWHERE = {"zero": "the runtime's memset", "attention_backward": "no kernels yet",
-             "bias_gradients": "in the products, or no kernels yet"}
+ELSEWHERE = {"zero": "the runtime's memset", "attention_backward": "no kernels yet"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,23 @@ def add_partials(job):
     return (Call(job.model.norms, 4 * sums * width * (blocks + 2), sums * width * blocks), sums * ceil(width / 256))
 
 
+def stretches(job):
+    """that the rows are cut into for a bias gradient"""
+    return ceil(rows(job) / max(32, ceil(rows(job) / 64)))
+
+
+def column_blocks(job):
+    """of a product with mean outputs"""
+    outputs = [n for n, _ in job.model.products()]
+    return ceil(sum(ceil(n / 256) for n in outputs) / len(outputs))
+
+
+def add_stretches(args, job):
+    outputs, count = [n for n, _ in job.model.products()], stretches(job)
+    call = Call(job.model.layers, 4 * sum(outputs) * (count + 2), sum(outputs) * count)
+    return [("bias_gradients: stretches", call, column_blocks(job))] if job.model.biases else []
+
+
 def padded_head(job):
     return next((d for d in (32, 64, 80, 96, 128, 256) if job.model.head_dim <= d), 0)
 
@@ -125,11 +141,17 @@ KERNELS = {
     "add_rows_kernel": Kernel(128, several(
         operation("embedding_backward", ["true", "float", "bf16"], lambda j: rows(j) * ceil(j.model.width / 1024)),
         operation("scatter_add", ["true", "bf16", "bf16"], lambda j: chunk(j) * ceil(j.model.width / 1024)))),
+    # partials.cuh
+    "add_partials_kernel": Kernel(256, several(part("norm_backward: dweight", add_partials),
+                                               add_stretches)),
+    # linear.cu
+    "fill_rows_kernel": Kernel(256, never),  # where the products add no bias
+    "column_sums_kernel": Kernel(256, operation("bias_gradients", ["true", "bf16"],
+                                                lambda j: stretches(j) * column_blocks(j))),
     # norm.cu
     "norm_forward_kernel": Kernel(256, operation("norm_forward", bf16_norm, rows)),
     "norm_backward_kernel": Kernel(256, operation("norm_backward", bf16_norm, lambda j: min(256, rows(j))),
                                    norm_backward_shared),
-    "add_partials_kernel": Kernel(256, part("norm_backward: dweight", add_partials)),
     # rope.cu
     "rotate_kernel": Kernel(128, several(operation("rope_forward", ["true", "bf16"], rows),
                                          operation("rope_backward", ["true", "bf16"], rows)),
