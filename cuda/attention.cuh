@@ -1,7 +1,8 @@
-// What attention's kernels share: where heads lie in qkv, and sums over a few lanes.
+// What attention's kernels share: where heads lie in qkv, tiles in shared memory, their products on tensor cores.
 #pragma once
 
 #include "cuda/gpu.cuh"
+#include "cuda/tiles.cuh"
 
 namespace orpo {
 
@@ -14,10 +15,12 @@ struct Layout {
   float scale;
 
   __device__ int64_t pitch() const { return int64_t{heads + 2 * kv_heads} * head_dim; }
+  __device__ int64_t out_pitch() const { return int64_t{heads} * head_dim; }
   __device__ int64_t query(int head) const { return int64_t{head} * head_dim; }
   __device__ int64_t key_of(int kv_head) const { return int64_t{heads + kv_head} * head_dim; }
   __device__ int64_t key(int head) const { return key_of(head / (heads / kv_heads)); }
-  __device__ int64_t value(int head) const { return key(head) + int64_t{kv_heads} * head_dim; }
+  __device__ int64_t value_of(int kv_head) const { return key_of(kv_heads + kv_head); }
+  __device__ int64_t value(int head) const { return value_of(head / (heads / kv_heads)); }
 };
 
 inline Layout layout_of(const Tensor& qkv, const AttentionShape& shape) {
@@ -43,6 +46,150 @@ inline int lanes_for(int head_dim) {
 __device__ __forceinline__ float lanes_sum(float value, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;
+}
+
+// body(integral constant D): the smallest padded head size that holds head_dim.
+template <class Body> void with_head_size(const char* op, int head_dim, Body&& body) {
+  const auto fits = [&](auto d) { return head_dim <= d() && (body(d), true); };
+  const bool any = fits(std::integral_constant<int, 32>{}) || fits(std::integral_constant<int, 64>{}) ||
+                   fits(std::integral_constant<int, 80>{}) || fits(std::integral_constant<int, 96>{}) ||
+                   fits(std::integral_constant<int, 128>{}) || fits(std::integral_constant<int, most_head_dim>{});
+  REQUIRE_SHAPE(op, any, "the head size is ", head_dim, ", at most ", most_head_dim, " has kernels");
+}
+
+// ---- bf16: tensor cores. Tiles lie in shared memory at a pitch, head sizes padded with zeros to D; a warp has 16 rows
+// of a product. In a lane h = 0, 1 are rows lane / 4 and lane / 4 + 8, and x[0][j][2 h + e] is of column
+// 8 j + lane % 4 * 2 + e.
+
+inline constexpr int attention_threads = 128;
+
+template <int D> inline constexpr int pitch_of = D + 8;  // so that the eight rows of ldmatrix lie in different banks
+template <int D> inline constexpr int columns_of = D % 32 == 0 ? 32 : 16;           // of an output, at a time
+template <int n> using Scores = float[1][n / 8][4];                                 // 16 x n
+template <int W> using Output = float[W / columns_of<W>][1][columns_of<W> / 8][4];  // 16 x W
+
+// shared[rows][D] = from[count][size] at a pitch, zeros elsewhere. Aligned: asynchronously, as a group of copies.
+template <int D, int rows, bool aligned>
+__device__ __forceinline__ void load_tile(bf16* shared, const bf16* from, int count, int size, int64_t pitch) {
+  for (int i = threadIdx.x; i < rows * (D / 8); i += attention_threads) {
+    const int row = i / (D / 8), column = i % (D / 8) * 8;
+    bf16* to = shared + row * pitch_of<D> + column;
+    if constexpr (aligned) {
+      const bool real = row < count && column < size;
+      cp_async_16(to, real ? from + row * pitch + column : from, real ? 16 : 0);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        to[e] = row < count && column + e < size ? from[row * pitch + column + e] : to_bf16(0.0f);
+    }
+  }
+  cp_async_commit();
+}
+
+// s[16, n] += a[16, D] . b[n, D]^T
+template <int D, int n> __device__ __forceinline__ void multiply_rows(Scores<n>& s, const bf16* a, const bf16* b) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 0; d < D; d += 16) {
+    uint32_t x[1][4], y[n / 8][2];
+    ldmatrix_x4(x[0], a + lane % 16 * pitch_of<D> + d + lane / 16 * 8);
+#pragma unroll
+    for (int j = 0; j < n / 8; j += 2)
+      ldmatrix_x4(y[j], y[j + 1], b + (j * 8 + lane % 8 + lane / 16 * 8) * pitch_of<D> + d + lane / 8 % 2 * 8);
+    mma_tile(s, x, y);
+  }
+}
+
+// o[16, W] += p[16, n] . b[n, W], b a tile of heads of D, p rounded: its registers are the A fragment already.
+template <int D, int W, int n>
+__device__ __forceinline__ void add_weighed(Output<W>& o, const Scores<n>& p, const bf16* b) {
+  constexpr int columns = columns_of<W>;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < n / 16; ++i) {
+    const uint32_t x[1][4] = {{pack_bf16(p[0][2 * i][0], p[0][2 * i][1]), pack_bf16(p[0][2 * i][2], p[0][2 * i][3]),
+                               pack_bf16(p[0][2 * i + 1][0], p[0][2 * i + 1][1]),
+                               pack_bf16(p[0][2 * i + 1][2], p[0][2 * i + 1][3])}};
+#pragma unroll
+    for (int c = 0; c < W / columns; ++c) {
+      uint32_t y[columns / 8][2];
+#pragma unroll
+      for (int j = 0; j < columns / 8; j += 2)
+        ldmatrix_x4_trans(y[j], y[j + 1], b + (i * 16 + lane % 16) * pitch_of<D> + c * columns + j * 8 + lane / 16 * 8);
+      mma_tile(o[c], x, y);
+    }
+  }
+}
+
+// body(x, h, column) for every x of the lane; column without lane % 4 * 2.
+template <int n, class Body> __device__ __forceinline__ void each_score(Scores<n>& s, Body&& body) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < n / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) body(s[0][j][2 * h + e], h, j * 8 + e);
+}
+
+// The same with the score of another block at the same place.
+template <int n, class Body>
+__device__ __forceinline__ void each_score(Scores<n>& s, const Scores<n>& other, Body&& body) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < n / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) body(s[0][j][2 * h + e], other[0][j][2 * h + e], h, j * 8 + e);
+}
+
+// to[row + 8 h][size] at a pitch = factor[h] * o, rounded, for rows below count; `to` and size begin at o's columns.
+template <int W, bool aligned> __device__ __forceinline__ void store_output(bf16* to, const Output<W>& o,
+                                                                            const float (&factor)[2], int row,
+                                                                            int count, int size, int64_t pitch) {
+  constexpr int columns = columns_of<W>;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (row + h * 8 >= count) continue;
+    bf16* at = to + (row + h * 8) * pitch;
+#pragma unroll
+    for (int c = 0; c < W / columns; ++c)
+#pragma unroll
+      for (int j = 0; j < columns / 8; ++j) {
+        const int column = c * columns + j * 8 + threadIdx.x % 4 * 2;
+        const float x = o[c][0][j][2 * h] * factor[h], y = o[c][0][j][2 * h + 1] * factor[h];
+        if constexpr (aligned) {
+          if (column < size) *reinterpret_cast<uint32_t*>(at + column) = pack_bf16(x, y);
+        } else {
+          if (column < size) at[column] = to_bf16(x);
+          if (column + 1 < size) at[column + 1] = to_bf16(y);
+        }
+      }
+  }
+}
+
+// ---- fp32, the parity mode: a warp takes a row of one side at a time and 32 of the other, a lane each
+
+inline constexpr int most_entries = most_head_dim / 32;  // of a head, a lane: entries lane, lane + 32, ...
+
+// o += weights[count] . rows[count][size] at a pitch
+__device__ __forceinline__ void add_weighed(float (&o)[most_entries], const float* weights, const float* rows,
+                                            int count, int size, int64_t pitch) {
+  rows += threadIdx.x % 32;
+  for (int k = 0; k < count; ++k, rows += pitch)
+#pragma unroll
+    for (int i = 0; i < most_entries; ++i)
+      if (i * 32 + static_cast<int>(threadIdx.x % 32) < size) o[i] += weights[k] * rows[i * 32];
+}
+__device__ __forceinline__ void store_output(float* to, const float (&o)[most_entries], float factor, int size) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < most_entries; ++i)
+    if (i * 32 + lane < size) to[i * 32 + lane] = o[i] * factor;
+}
+__device__ __forceinline__ float dot(const float* a, const float* b, int size) {
+  float sum = 0;
+  for (int d = 0; d < size; ++d) sum += a[d] * b[d];
+  return sum;
 }
 
 }  // namespace orpo

@@ -1,6 +1,5 @@
 // The CUDA backend: each room's file cuda/X.cu holds X_forward then X_backward of this class, with the meaning that
-// src/backend.h gives them. It becomes a Backend when every operation has its kernels (backend.cu); the ones written so
-// far are declared here, and tests/emulated.cpp lets the CPU compute the rest.
+// src/backend.h gives them. Every operation has its kernels; it becomes a Backend with backend.cu.
 #pragma once
 
 #include "src/backend.h"
@@ -27,6 +26,8 @@ struct Refused {
     rope_backward,
     attention_segment,
     attention_end,
+    attention_backward_segment,
+    attention_backward_end,
     keep_sequence,
     keep_position,
     decode_sequence,
@@ -74,6 +75,8 @@ class CudaBackend {
   void rope_backward(const Tensor& dqkv, const Tensor& positions, const RopeShape& shape);
   void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, const DeviceBatch& batch,
                          const AttentionShape& shape);
+  void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
+                          const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape);
   void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
                         const Tensor& positions, const AttentionShape& shape);
   void attention_decode(const Tensor& out, const Tensor& qkv, const Tensor& keys, const Tensor& values,

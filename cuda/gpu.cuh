@@ -7,7 +7,7 @@
 //   warp_sum warp_max quad_sum quad_max                                  all 32 lanes; the 4 lanes of an mma row
 //   mma_m16n8k16 mma_tile ldmatrix_x4 ldmatrix_x4_trans                  bf16 tensor cores, fp32 sums
 //   cp_async_16 cp_async_commit cp_async_wait<groups left>               global -> shared memory
-//   to_float to_bf16 pack_bf16 fast_exp
+//   to_float to_bf16 pack_bf16 fast_exp fast_exp2
 //   gpu_allocate gpu_release gpu_upload gpu_download gpu_zero gpu_wait   what the host side of a room needs (runtime.h)
 //
 // Rules for a kernel file: no inline assembly, no CUDA call; blocks of 32 n threads, at most 1024; no thread leaves,

@@ -47,6 +47,8 @@ struct Message {
 };
 
 Message message_of(Refused::Kind kind) {
+  const char* bad_segment = "segments in order; segment %lld is {%lld, %lld, %lld, %lld} where row %lld comes next";
+  const char* bad_end = "segments of the whole stream; the segments end at row %lld, the stream has %lld";
   switch (kind) {
     case Refused::embedding_forward:
       return {"embedding_forward", "tokens of the table; token %lld is %lld of %lld"};
@@ -61,10 +63,13 @@ Message message_of(Refused::Kind kind) {
     case Refused::rope_backward:
       return {"rope_backward", "positions from 0 on; row %lld's position is %lld"};
     case Refused::attention_segment:
-      return {"attention_forward",
-              "segments in order; segment %lld is {%lld, %lld, %lld, %lld} where row %lld comes next"};
+      return {"attention_forward", bad_segment};
     case Refused::attention_end:
-      return {"attention_forward", "segments of the whole stream; the segments end at row %lld, the stream has %lld"};
+      return {"attention_forward", bad_end};
+    case Refused::attention_backward_segment:
+      return {"attention_backward", bad_segment};
+    case Refused::attention_backward_end:
+      return {"attention_backward", bad_end};
     case Refused::keep_sequence:
       return {"keep_keys_values", "sequences of the cache; sequence %lld is %lld of %lld"};
     case Refused::keep_position:

@@ -182,6 +182,12 @@ TEST_CASE("attention: head sizes up to 256") {
     for (int window : {0, 5}) compare(stream({{70, 3, 65}, {5, 2, 3}}), heads, window);
 }
 
+TEST_CASE("attention: more segments than a warp lists at a time") {
+  Stream s;
+  for (int i = 0; i < 34; ++i) s.segments.push_back({static_cast<int32_t>(s.rows()), i % 2, 1, i % 3 == 0});
+  compare(s, {1, 1, 8}, 0);
+}
+
 // Segments of several tiles and strips, the largest and an odd head size, more heads than a tile has rows for.
 TEST_CASE("attention: long segments and large heads equal naive attention over separate sequences") {
   for (const Heads& heads : {Heads{2, 1, 6}, Heads{3, 3, 33}, Heads{1, 1, 256}, Heads{129, 1, 2}})
@@ -298,6 +304,12 @@ TEST_CASE("attention: refuses shapes and segments that do not fit the stream") {
     unscaled.shape.scale = 0;
     check_refuses([&] { run(backend, dtype, unscaled, s); }, "attention_forward", "the scale is 0");
     check_refuses([&] { attempt({2, 1, 6}, 0, s, 7); }, "attention_forward", "end at row 6, the stream has 7");
+    check_refuses([&] { attempt({2, 1, 6}, 0, stream({{0, 40, 40}}), 70); }, "attention_forward",
+                  "end at row 80, the stream has 70");
+    Stream many;  // more than a warp lists at once
+    for (int i = 0; i < 40; ++i) many.segments.push_back({2 * i, 1, 0, i == 35 ? 2 : 1});
+    check_refuses([&] { attempt({2, 1, 6}, 0, many, 80); }, "attention_forward",
+                  "segment 36 is {72, 1, 0, 1} where row 73 comes next");
     Stream gap = s;
     gap.segments.push_back({7, 1, 0, 0});
     check_refuses([&] { attempt({2, 1, 6}, 0, gap, 8); }, "attention_forward", "where row 6 comes next");
@@ -308,6 +320,15 @@ TEST_CASE("attention: refuses shapes and segments that do not fit the stream") {
     DeviceTensor segments(backend, DType::i32, {1, 4}, Values{0, 3, 2, 1});
     DeviceBatch batch;
     batch.segments = segments;
+    DeviceTensor bad(backend, DType::i32, {1, 4}, Values{0, 1, 2, 1}), gradient(backend, dtype, {6, 24});
+    DeviceBatch short_batch;
+    short_batch.segments = bad;
+    check_refuses(
+        [&] {
+          backend.attention_backward(gradient, out, out, lse, qkv, short_batch, {2, 1, 6, 1, 0});
+          backend.synchronize();
+        },
+        "attention_backward", "end at row 4, the stream has 6");
     check_refuses(
         [&] {
           backend.attention_backward(qkv, narrow, out, lse, qkv, batch, {2, 1, 6, 1, 0});

@@ -7,25 +7,6 @@ namespace orpo::test {
 
 namespace {
 
-// The CPU backend, let at the device's memory for the length of a call: cpu->operation(...).
-class CpuOnDevice {
- public:
-  class Call {
-   public:
-    explicit Call(Backend& cpu) : cpu_(cpu) {}
-    Backend* operator->() const { return &cpu_; }
-
-   private:
-    Backend& cpu_;
-    emulator::HostAccess access_;
-  };
-  Call operator->() { return Call(*cpu_); }
-
- private:
-  std::unique_ptr<Backend> cpu_ = make_cpu_backend(0);
-};
-
-// The CPU computes what has no kernels yet.
 class EmulatedBackend final : public Backend {
  public:
   explicit EmulatedBackend(const emulator::Settings& settings) { emulator::settings = settings; }
@@ -78,7 +59,7 @@ class EmulatedBackend final : public Backend {
   }
   void attention_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse,
                           const Tensor& qkv, const DeviceBatch& batch, const AttentionShape& shape) override {
-    cpu_->attention_backward(dqkv, dout, out, lse, qkv, batch, shape);
+    gpu_.attention_backward(dqkv, dout, out, lse, qkv, batch, shape);
   }
   void keep_keys_values(const Tensor& keys, const Tensor& values, const Tensor& qkv, const Tensor& sequences,
                         const Tensor& positions, const AttentionShape& shape) override {
@@ -122,7 +103,6 @@ class EmulatedBackend final : public Backend {
 
  private:
   CudaBackend gpu_;
-  CpuOnDevice cpu_;
 };
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 namespace orpo::test {
 
-// Runs kernels by these settings. Rooms that have no kernels yet are the CPU's.
+// Runs kernels by these settings.
 std::unique_ptr<Backend> make_emulated_backend(const emulator::Settings& settings);
 
 // A hash of all that this emulated backend downloaded so far: it must not depend on the settings.

@@ -59,6 +59,7 @@ inline float low_half(uint32_t pair) { return std::bit_cast<float>(pair << 16); 
 inline float high_half(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
 
 inline float fast_exp(float x) { return std::exp(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
 
 }  // namespace orpo
 

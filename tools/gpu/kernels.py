@@ -5,13 +5,13 @@ training step that no kernel launches and ELSEWHERE does not name.
 Kernel: threads; shared(args, job): dynamic bytes; works(args, job): (what, Call of costs.py, blocks) of each launch of
 that instance in a training step in bf16 with aligned rows, or none. args: the template's arguments as text."""
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 from typing import Callable
 
-from .costs import Call, calls
+from .costs import Call, attention_flops, calls
 
 # Operations of a step that no kernel of ours launches.
-ELSEWHERE = {"zero": "the runtime's memset", "attention_backward": "no kernels yet"}
+ELSEWHERE = {"zero": "the runtime's memset"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,37 @@ def attention_shared(args, job):
 
 
 def list_tiles(job):
-    return Call(job.model.layers, 16 * job.batch.pairs + 24 * query_tiles(job)), 1
+    return Call(2 * job.model.layers, 16 * job.batch.pairs + 32 * query_tiles(job)), 1
+
+
+def backward_step(head):
+    return 64 if head <= 64 else 32 if head <= 128 else 16
+
+
+def attention_backward_shared(owned):
+    """bytes where a block owns owned(head) rows and meets others in two buffers"""
+    def shared(args, job):
+        head = int(args[0])
+        return (2 * owned(head) + 4 * backward_step(head)) * (head + 8) * 2
+    return shared
+
+
+def attention_backward(what, products, heads, tiles):
+    """A kernel of the backward pass: its products over visible pairs; qkv and dout read, its part of dqkv written."""
+    def works(args, job):
+        m = job.model
+        row = 2 * (m.qkv + m.heads * m.head_dim + heads(m) * m.head_dim) + 8 * m.heads
+        call = Call(m.layers, job.batch.rows * row, tensor_flops=products / 2 * attention_flops(job))
+        blocks = query_tiles(job) * tiles(m)
+        return [(what, call, blocks)] if args == [str(padded_head(job)), "true"] else []
+    return works
+
+
+def delta(args, job):
+    m, n = job.model, job.batch.rows * job.model.heads
+    call = Call(m.layers, 4 * n * m.head_dim + 4 * n, 2 * n * m.head_dim)
+    lanes = 2 ** ceil(log2(m.head_dim / 8))
+    return [("attention_backward: delta", call, ceil(n * lanes / 128))] if args == ["true", "bf16"] else []
 
 
 def norm_backward_shared(args, job):
@@ -164,6 +194,17 @@ KERNELS = {
     "attention_forward_kernel": Kernel(128, operation("attention_forward", lambda j: [str(padded_head(j)), "true"],
                                                       lambda j: query_tiles(j) * j.model.heads), attention_shared),
     "attention_forward_fp32_kernel": Kernel(128, never),
+    # attention_backward.cu
+    "delta_kernel": Kernel(128, delta),
+    "attention_backward_keys_kernel": Kernel(
+        128, attention_backward("attention_backward", 4, lambda m: 2 * m.kv_heads,
+                                lambda m: m.kv_heads * (2 if m.head_dim > 128 else 1)),
+        attention_backward_shared(lambda head: 64 if head <= 128 else 32)),
+    "attention_backward_queries_kernel": Kernel(
+        128, attention_backward("attention_backward: dQ", 3, lambda m: m.heads, lambda m: m.heads),
+        attention_backward_shared(lambda head: 64)),
+    "attention_backward_keys_fp32_kernel": Kernel(128, never),
+    "attention_backward_queries_fp32_kernel": Kernel(128, never),
     # attention_decode.cu
     "keep_kernel": Kernel(128, never),
     "attend_kernel": Kernel(128, never),
