@@ -59,6 +59,7 @@ void* allocate_device_memory(size_t bytes) {
   Block block{nullptr, round_up(used, page), bytes};
   void* pages = mmap(nullptr, block.page_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) return nullptr;
+  madvise(pages, block.page_bytes, MADV_HUGEPAGE);  // protection changes with every operation: 512 times fewer entries
   block.pages = static_cast<char*>(pages);
   char *end = block.pages + block.page_bytes, *begin = end - used;
   std::fill(begin, end, static_cast<char>(0xff));
