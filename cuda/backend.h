@@ -62,9 +62,9 @@ class CudaBackend {
                          const Tensor& positions);
   void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
                           const Tensor& tokens, const Tensor& positions, int64_t padding);
-  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias);
+  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias, bool adds);
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                       const Tensor& in, const Tensor& weight);
+                       const Tensor& in, const Tensor& weight, bool adds);
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                     const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
                     double epsilon);

@@ -9,7 +9,7 @@ void CudaBackend::embedding_forward(const Tensor& out, const Tensor& weight, con
   shapes::embedding("embedding_forward", out, weight, position_weight, out.dtype, tokens, positions);
   with_gpu_dtype("embedding_forward", out.dtype, [&](auto zero) {
     using T = decltype(zero);
-    copy_rows<T>(compute_, out, weight, tokens, refused_, Refused::embedding_forward);
+    if (weight) copy_rows<T>(compute_, out, weight, tokens, refused_, Refused::embedding_forward);
     if (position_weight)
       add_to_rows<T>(compute_, out, position_weight, positions, refused_, Refused::embedding_forward_position);
   });
@@ -23,7 +23,8 @@ void CudaBackend::embedding_backward(const Tensor& dweight, const Tensor& dposit
   with_gpu_dtype("embedding_backward", dout.dtype, [&](auto zero) {
     using T = decltype(zero);
     int32_t* chains = scratch<int32_t>(2 * dout.rows());
-    add_rows<float, T>(compute_, dweight, dout, tokens, padding, chains, refused_, Refused::embedding_backward);
+    if (dweight)
+      add_rows<float, T>(compute_, dweight, dout, tokens, padding, chains, refused_, Refused::embedding_backward);
     if (dposition_weight)
       add_rows<float, T>(compute_, dposition_weight, dout, positions, -1, chains, refused_,
                          Refused::embedding_backward_position);

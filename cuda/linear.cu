@@ -10,19 +10,22 @@ namespace {
 
 constexpr int threads = 256;
 
-// Every row of out = bias[width]. A thread takes an entry.
-template <class To, class From>
+// Every row of out = bias[width], or += where `adding`. A thread takes an entry.
+template <bool adding, class To, class From>
 __global__ void fill_rows_kernel(To* out, const From* bias, int64_t rows, int64_t width, int64_t pitch) {
   const int64_t index = int64_t{blockIdx.x} * threads + threadIdx.x, row = index / width, i = index % width;
-  if (row < rows) out[row * pitch + i] = from_float<To>(to_float(bias[i]));
+  if (row >= rows) return;
+  To& to = out[row * pitch + i];
+  to = from_float<To>((adding ? to_float(to) : 0.0f) + to_float(bias[i]));
 }
 
-void fill_rows(GpuStream stream, const Tensor& out, const Tensor& bias) {
+void fill_rows(GpuStream stream, const Tensor& out, const Tensor& bias, bool adds) {
   with_gpu_dtype("linear_forward", bias.dtype, [&](auto zero) {
     using From = decltype(zero);
     const auto run = [&]<class To>(To* to) {
-      launch(fill_rows_kernel<To, From>, blocks_for(out.elements(), threads), threads, 0, stream, to,
-             bias.as<const From>(), out.rows(), out.columns(), out.pitch());
+      launch(adds ? fill_rows_kernel<true, To, From> : fill_rows_kernel<false, To, From>,
+             blocks_for(out.elements(), threads), threads, 0, stream, to, bias.as<const From>(), out.rows(),
+             out.columns(), out.pitch());
     };
     if (out.dtype == bias.dtype)
       run(out.as<From>());
@@ -38,14 +41,16 @@ MatrixProducts& CudaBackend::products() {
   return *products_;
 }
 
-void CudaBackend::linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) {
+void CudaBackend::linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias,
+                                 bool adds) {
   const char* op = "linear_forward";
   shapes::linear_forward(out, in, weight, bias);
   with_gpu_dtype(op, in.dtype, [](auto) {});
   if (out.elements() == 0) return;
-  Product product{.operation = op, .out = out, .a = in, .b = weight, .transpose_b = true, .bias = bias};
+  Product product{
+      .operation = op, .out = out, .a = in, .b = weight, .transpose_b = true, .accumulate = adds, .bias = bias};
   if (bias && !products().fuses(product)) {
-    fill_rows(compute_, out, bias);
+    fill_rows(compute_, out, bias, adds);
     product.bias = {}, product.accumulate = true;
   }
   products().run(product, compute_);
@@ -85,12 +90,12 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
 }  // namespace
 
 void CudaBackend::linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                                  const Tensor& in, const Tensor& weight) {
+                                  const Tensor& in, const Tensor& weight, bool adds) {
   const char* op = "linear_backward";
   shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   with_gpu_dtype(op, dout.dtype, [](auto) {});
   if (dout.elements() == 0) return;
-  if (din) products().run({.operation = op, .out = din, .a = dout, .b = weight}, compute_);
+  if (din) products().run({.operation = op, .out = din, .a = dout, .b = weight, .accumulate = adds}, compute_);
   if (dweight)
     products().run({.operation = op, .out = dweight, .a = dout, .b = in, .transpose_a = true, .accumulate = true},
                    compute_);

@@ -10,15 +10,16 @@ constexpr int threads = 128;
 
 // (a, b) -> (a cos - b sin, b cos + a sin) for each pair (i, i + half) of a head; direction -1 rotates back.
 template <bool aligned, class T> __global__ void __launch_bounds__(threads)
-    rotate_kernel(T* qkv, const int32_t* positions, int rotated_heads, int64_t head_dim, int64_t row_width, int half,
-                  double theta, float direction, Refused* refused, Refused::Kind kind) {
+    rotate_kernel(T* qkv, const int32_t* positions, RopeShape shape, int64_t row_width, float direction,
+                  Refused* refused, Refused::Kind kind) {
   constexpr int N = wide<T>;
   DYN_SHARED(float, table);  // [half] cosines, [half] sines
   const int64_t row = blockIdx.x;
+  const int half = shape.rotary_dim / 2, rotated_heads = shape.heads + shape.kv_heads;
   const int position = positions[row];
   if (position < 0 && threadIdx.x == 0) refuse(refused, kind, {row, position});
   for (int i = threadIdx.x; i < half; i += threads) {
-    const double angle = position * pow(theta, static_cast<double>(-i) / half);
+    const double angle = position * rope_frequency(shape, i);
     table[i] = static_cast<float>(cos(angle));
     table[half + i] = direction * static_cast<float>(sin(angle));
   }
@@ -26,7 +27,7 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
   const int groups = (half + N - 1) / N;
   for (int index = threadIdx.x; index < rotated_heads * groups && position >= 0; index += threads) {
     const int i = index % groups * N;
-    T* pair = qkv + row * row_width + index / groups * head_dim + i;
+    T* pair = qkv + row * row_width + int64_t{index / groups} * shape.head_dim + i;
     float a[N], b[N];
     load<aligned>(a, pair, half - i), load<aligned>(b, pair + half, half - i);
 #pragma unroll
@@ -49,8 +50,8 @@ void rotate(const char* op, GpuStream stream, const Tensor& qkv, const Tensor& p
     using T = decltype(zero);
     const bool aligned = rows_aligned({&qkv}) && shape.head_dim % wide<T> == 0 && half % wide<T> == 0;
     launch(aligned ? rotate_kernel<true, T> : rotate_kernel<false, T>, static_cast<unsigned>(qkv.rows()), threads,
-           2 * half * sizeof(float), stream, qkv.as<T>(), positions.as<const int32_t>(), shape.heads + shape.kv_heads,
-           int64_t{shape.head_dim}, qkv.columns(), half, shape.theta, direction, refused, kind);
+           2 * half * sizeof(float), stream, qkv.as<T>(), positions.as<const int32_t>(), shape, qkv.columns(),
+           direction, refused, kind);
   });
 }
 

@@ -12,6 +12,7 @@
 // A shape that an operation cannot compute is refused with the operation's name, the rule and the value.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -38,11 +39,38 @@ struct AttentionShape {
   int window;   // a query sees this many positions, itself included; 0: all before it
 };
 
+// How the frequencies of rotary positions are changed for contexts longer than a model was first trained on.
+struct RopeScaling {
+  enum Kind {
+    none,
+    linear,  // all frequencies over factor (position interpolation, Chen et al. 2023)
+    llama3,  // those of waves longer than original_positions / low_frequency over factor, those of waves shorter than
+             // original_positions / high_frequency as they are, between the two a mixture (Llama 3.1)
+  };
+  Kind kind = none;
+  double factor = 1, low_frequency = 1, high_frequency = 4, original_positions = 0;
+  bool operator==(const RopeScaling&) const = default;
+};
+
 struct RopeShape {
   int heads, kv_heads, head_dim;
   int rotary_dim;  // first rotary_dim entries of a head are rotated, in halves: (i, i + rotary_dim / 2) form a pair
-  double theta;    // frequency of pair i: theta^(-2 i / rotary_dim)
+  double theta;    // frequency of pair i: theta^(-2 i / rotary_dim), scaled
+  RopeScaling scaling{};
 };
+
+// Radians that pair i turns from one position to the next.
+ORPO_HOST_DEVICE inline double rope_frequency(const RopeShape& shape, int i) {
+  const double frequency = pow(shape.theta, -2.0 * i / shape.rotary_dim);
+  const RopeScaling& s = shape.scaling;
+  if (s.kind == RopeScaling::none) return frequency;
+  if (s.kind == RopeScaling::linear) return frequency / s.factor;
+  const double waves = s.original_positions * frequency / (2 * 3.14159265358979323846);  // in the original context
+  const double kept = (waves - s.low_frequency) / (s.high_frequency - s.low_frequency);
+  return waves < s.low_frequency    ? frequency / s.factor
+         : waves > s.high_frequency ? frequency
+                                    : (1 - kept) * frequency / s.factor + kept * frequency;
+}
 
 struct AdamW {
   double learning_rate, beta1, beta2, epsilon, weight_decay;
@@ -78,27 +106,29 @@ struct Backend {
   virtual void end(int /*layer*/, Pass) {}
 
   // embedding: out[rows, width] T = weight[vocab, width] T at tokens[rows] int32, plus position_weight[n, width] T at
-  // positions[rows] int32 where that is not absent.
+  // positions[rows] int32. Either table may be absent; without weight (and tokens) out is what is added to.
   virtual void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens,
                                  const Tensor& position_weight, const Tensor& positions) = 0;
   // dweight[vocab, width] A += dout[rows, width] T, rows of equal tokens added in row order; those of the token
-  // `padding` (-1: none) add nothing.  dposition_weight[n, width] A (may be absent) += dout likewise by positions.
+  // `padding` (-1: none) add nothing.  dposition_weight[n, width] A += dout likewise by positions. Either may be absent.
   virtual void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
                                   const Tensor& tokens, const Tensor& positions, int64_t padding) = 0;
 
-  // linear: out[rows, n] T or A = in[rows, k] T . weight[n, k]^T T + bias[n] T (bias may be absent).
-  virtual void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) = 0;
+  // linear: out[rows, n] T or A = in[rows, k] T . weight[n, k]^T T + bias[n] T (bias may be absent). adds: out +=.
+  virtual void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias,
+                              bool adds = false) = 0;
   // din[rows, k] T = dout . weight;  dweight[n, k] A += dout^T . in;  dbias[n] A += column sums of dout.
   // dout[rows, n] T. Each of the three may be absent, and in where dweight is: a caller that makes `in` again only
-  // after din asks for them one after the other.
+  // after din asks for them one after the other. adds: din +=, where two products read one input.
   virtual void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                               const Tensor& in, const Tensor& weight) = 0;
+                               const Tensor& in, const Tensor& weight, bool adds = false) = 0;
 
   // norm: layer norm (Ba et al. 2016), or RMS norm (Zhang & Sennrich 2019; LlamaRMSNorm) where mean is absent and
   // counts as 0; fused with the residual addition before it:
   //   sum[rows, width] T = residual + branch (branch may be absent: then sum may be residual itself and is left alone)
   //   mean[rows] A = mean(sum),   rstd[rows] A = 1 / sqrt(mean((sum - mean)^2) + epsilon)
   //   out[rows, width] T = weight[width] * (sum - mean) * rstd + bias[width] (bias may be absent)
+  // out may be residual itself: in place.
   virtual void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                             const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
                             double epsilon) = 0;

@@ -27,7 +27,7 @@ Decoder::Decoder(DeviceModel& model, const DecodingLimits& limits)
       scope_(model.scratch),
       limits_(limits),
       cache_(KeyValueCache::allocate(model.config, model.dtype, limits.sequences, limits.positions, model.scratch)),
-      hidden_(model.scratch.allocate("last hidden", model.dtype, {limits.sequences, model.config.width})),
+      hidden_(model.scratch.allocate("last hidden", model.dtype, {limits.sequences, model.config.table_width()})),
       logits_(model.scratch.allocate("logits", accumulation_dtype(model.dtype),
                                      {limits.sequences, model.config.vocab})) {}
 
@@ -46,7 +46,8 @@ void Decoder::pass(const Batch& batch, const Tokens& sequences, bool continues, 
 
 Tensor Decoder::logits(int64_t rows) {
   const Tensor result = logits_.slice(0, rows);
-  model_.backend.linear_forward(result, hidden_.slice(0, rows), model_.tensors.weights.output, {});
+  model_.backend.linear_forward(result, hidden_.slice(0, rows), model_.tensors.weights.output,
+                                model_.tensors.weights.output_bias);
   return result;
 }
 

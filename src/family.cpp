@@ -3,114 +3,20 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <optional>
-#include <set>
 
+#include "src/config_fields.h"
 #include "src/fail.h"
 #include "src/files.h"
-#include "src/json.h"
 
 namespace fs = std::filesystem;
 
 namespace orpo {
 namespace {
 
-// The fields of a config.json, each taken once; what is left at the end and not known to be harmless is refused.
-class Fields {
- public:
-  Fields(const Json& json, std::string where) : json_(json), where_(std::move(where)) {}
-
-  template <class... Parts>
-  [[noreturn]] void refuse(const std::string& key, const Parts&... what) const {
-    fail(where_, ": ", key, " ", brief(json_.value(key, Json())), what...);
-  }
-
-  // The field's value; null where it is absent.
-  const Json& take(const std::string& key) {
-    static const Json absent;
-    taken_.insert(key);
-    const auto found = json_.find(key);
-    return found == json_.end() ? absent : *found;
-  }
-  bool has(const std::string& key) const { return json_.contains(key) && !json_[key].is_null(); }
-
-  int64_t count(const std::string& key, int64_t most, std::optional<int64_t> otherwise = std::nullopt) {
-    const Json& value = take(key);
-    if (value.is_null() && otherwise) return *otherwise;
-    if (value.is_null()) fail(where_, ": ", key, " is missing");
-    const bool whole = value.is_number_integer() && (value.is_number_unsigned() || value.get<int64_t>() >= 0);
-    if (!whole || value.get<uint64_t>() < 1 || value.get<uint64_t>() > static_cast<uint64_t>(most))
-      refuse(key, " is not a whole number from 1 to ", most);
-    return value.get<int64_t>();
-  }
-  double positive(const std::string& key, double otherwise) {
-    const Json& value = take(key);
-    if (value.is_null()) return otherwise;
-    if (!value.is_number() || !(value.get<double>() > 0) || !std::isfinite(value.get<double>()))
-      refuse(key, " is not a positive number");
-    return value.get<double>();
-  }
-  bool flag(const std::string& key, bool otherwise) {
-    const Json& value = take(key);
-    if (value.is_null()) return otherwise;
-    if (!value.is_boolean()) refuse(key, " is neither true nor false");
-    return value.get<bool>();
-  }
-  // A field that changes the result and of which only some values are computed; null and absence stand for the first.
-  void only(const std::string& key, const std::vector<Json>& supported) {
-    const Json& value = take(key);
-    if (value.is_null() || std::find(supported.begin(), supported.end(), value) != supported.end()) return;
-    std::string list;
-    for (const Json& s : supported) list += (list.empty() ? "" : " or ") + s.dump();
-    refuse(key, " is not supported; this trainer computes ", list);
-  }
-  void dropout(const std::string& key, std::vector<std::string>& notes) {
-    const Json& value = take(key);
-    if (value.is_null() || value == 0) return;
-    if (!value.is_number() || value.get<double>() < 0 || value.get<double>() >= 1)
-      refuse(key, " is not a number from 0 to 1");
-    notes.push_back(key + " " + value.dump() + " is taken as 0");
-  }
-
-  void refuse_the_rest() const;
-  const std::string& where() const { return where_; }
-
- private:
-  const Json& json_;
-  std::string where_;
-  std::set<std::string> taken_;
-};
-
-// Fields that change neither logits nor gradients: who wrote the file, special tokens, how to generate, classification
-// heads, what to return.
-const std::set<std::string>& harmless_fields() {
-  static const std::set<std::string> keys = {
-      "_name_or_path", "transformers_version", "transformers.js_config", "auto_map", "use_cache", "is_llama_config",
-      "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_commit_hash",
-      "_flash_attn_2_enabled", "unsloth_fixed", "unsloth_version",
-      // special tokens
-      "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class",
-      "prefix",
-      // generation, as older files hold it
-      "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-      "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-      "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
-      "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-      "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "max_new_tokens",
-      // other tasks' heads and what a call returns
-      "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
-      "output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss",
-      "chunk_size_feed_forward", "cross_attention_hidden_size"};
-  return keys;
-}
-
-void Fields::refuse_the_rest() const {
-  // Null says nothing, and a leading underscore is how transformers marks what is its own bookkeeping.
-  for (const auto& [key, value] : json_.items())
-    if (!taken_.contains(key) && !harmless_fields().contains(key) && !value.is_null() && !key.starts_with('_'))
-      fail(where_, ": the field ", key, " (", brief(value),
-           ") is not known to this trainer and may change what the model computes; remove it if it does not");
-}
+// Limits far above any model keep every product of sizes within 64 bits.
+constexpr int64_t most_vocab = 1 << 24, most_width = 1 << 20, most_intermediate = most_width * 16,
+                  most_layers = 1 << 12, most_heads = 1 << 14, most_head_dim = 1 << 12, most_positions = 1 << 30,
+                  most_parameters = int64_t{1} << 44;
 
 // Every layer attends to the whole sequence.
 void no_sliding_window(Fields& f) {
@@ -125,27 +31,93 @@ void no_sliding_window(Fields& f) {
       f.refuse("layer_types", " names ", brief(type), "; this trainer computes \"full_attention\"");
 }
 
-// rope_theta and rope_scaling as older files have them, or rope_parameters; both may stand there if they agree.
-double rope_theta(Fields& f, double otherwise) {
-  double theta = f.positive("rope_theta", otherwise);
+// Positions that a row sees of a windowed layer; 0: sliding_window is null. otherwise: where the field is absent.
+int sliding_window(Fields& f, int otherwise) {
+  const bool absent = !f.contains("sliding_window");
+  if (!absent && !f.has("sliding_window")) return f.take("sliding_window"), 0;
+  return static_cast<int>(f.count("sliding_window", int64_t{1} << 30, otherwise));
+}
+
+// Which of the layers are windowed: layer_types, or where that is absent those from max_window_layers on.
+void qwen2_windows(Fields& f, Config& c) {
+  const bool used = f.flag("use_sliding_window", false);
+  const int window = sliding_window(f, 4096);
+  const Json& first = f.take("max_window_layers");
+  if (!first.is_null() && !(first.is_number_integer() && first.get<int64_t>() >= 0))
+    f.refuse("max_window_layers", " is no number of layers");
+  const Json& types = f.take("layer_types");
+  if (!types.is_null() && (!types.is_array() || types.size() != static_cast<size_t>(c.layers)))
+    f.refuse("layer_types", " is no list of ", c.layers, " layers");
+  std::vector<int> windows(c.layers, 0);
+  for (int i = 0; i < c.layers; ++i) {
+    const bool late = i >= (first.is_null() ? 28 : first.get<int64_t>());
+    if (!types.is_null() && types[i] != "full_attention" && types[i] != "sliding_attention")
+      f.refuse("layer_types", " names ", brief(types[i]),
+               R"(; this trainer computes "full_attention" and "sliding_attention")");
+    const bool slides = types.is_null() ? late : types[i] == "sliding_attention";
+    if (slides && used) windows[i] = window;
+    if (slides && !used && !types.is_null())
+      f.refuse("layer_types", " names \"sliding_attention\", and use_sliding_window is false");
+  }
+  if (used && window > 0) c.windows = windows;
+}
+
+// What rope_scaling or rope_parameters says of the frequencies. Newer files hold the theta there as well.
+RopeScaling rope_scaling(Fields& f, int64_t max_positions) {
+  RopeScaling s;
+  const Json &type = f.take("rope_type"), &older = f.take("type");
+  const Json& kind = type.is_null() ? older : type;
+  if (kind.is_null() || kind == "default") {
+    f.only("factor", {1.0});
+  } else if (kind == "linear") {
+    s.kind = RopeScaling::linear;
+    s.factor = f.positive("factor");
+  } else if (kind == "llama3") {
+    s.kind = RopeScaling::llama3;
+    s.factor = f.positive("factor");
+    s.low_frequency = f.positive("low_freq_factor"), s.high_frequency = f.positive("high_freq_factor");
+    s.original_positions =
+        static_cast<double>(f.count("original_max_position_embeddings", most_positions, max_positions));
+    if (!(s.high_frequency > s.low_frequency)) f.refuse("high_freq_factor", " is not more than low_freq_factor");
+  } else {
+    f.refuse(type.is_null() ? "type" : "rope_type",
+             R"( is not supported; this trainer computes "default", "linear" and "llama3")");
+  }
+  return s;
+}
+
+// The rotary positions: rope_theta, rope_scaling and partial_rotary_factor as older files have them, or all in
+// rope_parameters; both may stand there if they agree. partial: the share of each head that the family rotates where
+// nothing is said; 0: it knows no other than all.
+void read_rotary(Fields& f, Config& c, double partial = 0) {
+  c.rope_theta = f.positive("rope_theta", 10000);
   const bool given = f.has("rope_theta");
+  double share = partial > 0 ? f.positive("partial_rotary_factor", partial) : 1;
+  bool scaled = false;
   for (const char* key : {"rope_scaling", "rope_parameters"}) {
     const Json& rope = f.take(key);
     if (rope.is_null()) continue;
     if (!rope.is_object()) f.refuse(key, " is no object");
     Fields inner(rope, concat(f.where(), ": ", key));
-    inner.only("rope_type", {"default"});
-    inner.only("type", {"default"});
-    inner.only("factor", {1.0});
-    inner.only("partial_rotary_factor", {1.0});
-    const double its_theta = inner.positive("rope_theta", theta);
-    if (given && its_theta != theta) f.refuse(key, " has another rope_theta than the field beside it");
-    theta = its_theta;
+    const RopeScaling scaling = rope_scaling(inner, c.max_positions);
+    if (scaled && scaling != c.rope_scaling) f.refuse(key, " says other than rope_scaling");
+    c.rope_scaling = scaling, scaled = true;
+    if (partial > 0)
+      share = inner.positive("partial_rotary_factor", share);
+    else
+      inner.only("partial_rotary_factor", {1.0});
+    const double its_theta = inner.positive("rope_theta", c.rope_theta);
+    if (given && its_theta != c.rope_theta) f.refuse(key, " has another rope_theta than the field beside it");
+    c.rope_theta = its_theta;
     inner.refuse_the_rest();
   }
-  f.only("partial_rotary_factor", {1.0});
+  if (partial == 0) f.only("partial_rotary_factor", {1.0});
   f.only("rope_interleaved", {false});
-  return theta;
+  if (share > 1) fail(f.where(), ": partial_rotary_factor ", share, " is more than 1");
+  c.rotary_dim = static_cast<int>(c.head_dim * share);
+  if (c.rotary_dim % 2 != 0 || c.rotary_dim == 0)
+    fail(f.where(), ": ", c.rotary_dim, " of a head's ", c.head_dim, " entries cannot be rotated in pairs; head_dim",
+         partial > 0 ? " times partial_rotary_factor" : "", " has to be even");
 }
 
 // The MLP's function where it has no gate, by transformers' names.
@@ -179,11 +151,6 @@ StoredDType weights_dtype(Fields& f) {
   return dtype;
 }
 
-// Limits far above any model keep every product of sizes within 64 bits.
-constexpr int64_t most_vocab = 1 << 24, most_width = 1 << 20, most_intermediate = most_width * 16,
-                  most_layers = 1 << 12, most_heads = 1 << 14, most_head_dim = 1 << 12,
-                  most_parameters = int64_t{1} << 44;
-
 // transformers gives the token's input embedding no gradient, also where it is the end of sequence as well; there as
 // here -1 is the last token.
 int64_t padding_token(Fields& f, int64_t vocab) {
@@ -205,7 +172,7 @@ void read_sizes(Fields& f, Config& c, const SizeNames& names, int64_t default_po
   c.width = f.count(names.width, most_width);
   c.layers = static_cast<int>(f.count(names.layers, most_layers));
   c.heads = c.kv_heads = static_cast<int>(f.count(names.heads, most_heads));
-  c.max_positions = f.count(names.positions, int64_t{1} << 30, default_positions);
+  c.max_positions = f.count(names.positions, most_positions, default_positions);
 }
 
 // Heads that share the width: head_dim = width / heads.
@@ -231,14 +198,17 @@ void read_common(Fields& f, ModelDescription& m) {
   f.take("quantization_config");
 }
 
-// LlamaForCausalLM: Llama, Llama-2, SmolLM2 and whatever else declares itself one.
-void read_llama(Fields& f, ModelDescription& m) {
+// What Llama and its kin say alike: gated MLPs, RMS norms, rotary positions, shared key and value heads.
+// default_kv_heads: where num_key_value_heads is absent; 0: as many as there are query heads.
+void read_llama_like(Fields& f, ModelDescription& m, int64_t default_positions, int default_kv_heads) {
   Config& c = m.config;
   const SizeNames names{"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                         "max_position_embeddings"};
-  read_sizes(f, c, names, 2048);
+  read_sizes(f, c, names, default_positions);
   c.intermediate = f.count(names.intermediate, most_intermediate);
-  c.kv_heads = static_cast<int>(f.count("num_key_value_heads", most_heads, c.heads));
+  const bool null_heads = f.contains("num_key_value_heads") && !f.has("num_key_value_heads");
+  c.kv_heads = static_cast<int>(
+      f.count("num_key_value_heads", most_heads, default_kv_heads == 0 || null_heads ? c.heads : default_kv_heads));
   if (c.heads % c.kv_heads != 0) f.refuse(names.heads, " is no multiple of num_key_value_heads ", c.kv_heads);
   if (f.has("head_dim"))
     c.head_dim = static_cast<int>(f.count("head_dim", most_head_dim));
@@ -246,16 +216,80 @@ void read_llama(Fields& f, ModelDescription& m) {
     f.take("head_dim"), divide_width(f, c, names);
   c.padding_token = padding_token(f, c.vocab);
   c.norm_epsilon = f.positive("rms_norm_eps", 1e-6);
-  c.rope_theta = rope_theta(f, 10000);
-  if (c.head_dim % 2 != 0)
-    fail(f.where(), ": heads of ", c.head_dim, " entries cannot be rotated in pairs; head_dim has to be even");
+  read_rotary(f, c);
   c.tied_embeddings = f.flag("tie_word_embeddings", false);
+  f.only("hidden_act", {"silu", "swish"});
+  f.dropout("attention_dropout", m.notes);
+}
+
+// LlamaForCausalLM: Llama, Llama-2, Llama-3, SmolLM2 and whatever else declares itself one.
+void read_llama(Fields& f, ModelDescription& m) {
+  read_llama_like(f, m, 2048, 0);
+  Config& c = m.config;
   c.qkv_bias = c.attention_output_bias = f.flag("attention_bias", false);
   c.mlp_bias = f.flag("mlp_bias", false);
-  f.only("hidden_act", {"silu", "swish"});
   f.only("pretraining_tp", {1});
-  f.dropout("attention_dropout", m.notes);
   no_sliding_window(f);
+}
+
+// MistralForCausalLM: every layer's attention is windowed.
+void read_mistral(Fields& f, ModelDescription& m) {
+  read_llama_like(f, m, 131072, 8);
+  if (const int window = sliding_window(f, 4096)) m.config.windows.assign(m.config.layers, window);
+  f.only("layer_types", {nullptr});
+}
+
+// Qwen2ForCausalLM: Qwen2 and Qwen2.5. Queries, keys and values have biases.
+void read_qwen2(Fields& f, ModelDescription& m) {
+  read_llama_like(f, m, 32768, 32);
+  m.config.qkv_bias = true;
+  qwen2_windows(f, m.config);
+}
+
+// PhiForCausalLM: Phi-1, Phi-1.5 and Phi-2. Its embedding has a padding token.
+void read_phi(Fields& f, ModelDescription& m) {
+  Config& c = m.config;
+  const SizeNames names{"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                        "max_position_embeddings"};
+  read_sizes(f, c, names, 2048);
+  c.intermediate = f.count(names.intermediate, most_intermediate);
+  c.kv_heads = static_cast<int>(f.count("num_key_value_heads", most_heads, c.heads));
+  if (c.heads % c.kv_heads != 0) f.refuse(names.heads, " is no multiple of num_key_value_heads ", c.kv_heads);
+  divide_width(f, c, names);
+  c.padding_token = padding_token(f, c.vocab);
+  c.block = Block::parallel;
+  c.norm = Norm::layer;
+  c.norm_epsilon = f.positive("layer_norm_eps", 1e-5);
+  c.activation = activation_named(f, "hidden_act", "gelu_new");
+  read_rotary(f, c, 0.5);
+  c.tied_embeddings = f.flag("tie_word_embeddings", false);
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = c.output_bias = true;
+  f.only("qk_layernorm", {false});
+  for (const char* key : {"resid_pdrop", "embd_pdrop", "attention_dropout"}) f.dropout(key, m.notes);
+}
+
+// OPTForCausalLM: 125M to 66B; of them 350M has its norms behind the blocks and narrower token vectors.
+void read_opt(Fields& f, ModelDescription& m) {
+  Config& c = m.config;
+  const SizeNames names{"hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads",
+                        "max_position_embeddings"};
+  read_sizes(f, c, names, 2048);
+  c.intermediate = f.count(names.intermediate, most_intermediate);
+  divide_width(f, c, names);
+  c.embedding_width = f.count("word_embed_proj_dim", most_width, c.width);
+  c.padding_token = f.contains("pad_token_id") ? padding_token(f, c.vocab) : 1;
+  c.position = Position::learned;
+  c.position_offset = 2;
+  c.norm = Norm::layer;
+  c.norm_epsilon = 1e-5;
+  c.block = f.flag("do_layer_norm_before", true) ? Block::sequential : Block::post_norm;
+  if (c.block == Block::sequential) f.only("_remove_final_layer_norm", {false});
+  f.only("layer_norm_elementwise_affine", {true});
+  c.activation = activation_named(f, "activation_function", "relu");
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = f.flag("enable_bias", true);
+  c.tied_embeddings = f.flag("tie_word_embeddings", true);
+  c.initializer_range = f.positive("init_std", 0.02);
+  for (const char* key : {"dropout", "attention_dropout", "activation_dropout", "layerdrop"}) f.dropout(key, m.notes);
 }
 
 // GPT2LMHeadModel. Its embedding has no padding token, whatever pad_token_id says.
@@ -289,7 +323,11 @@ struct Family {
   const char *model_type, *architecture;
   void (*read)(Fields&, ModelDescription&);
 };
-constexpr Family families[] = {{"llama", "LlamaForCausalLM", read_llama}, {"gpt2", "GPT2LMHeadModel", read_gpt2}};
+constexpr Family families[] = {
+    {"llama", "LlamaForCausalLM", read_llama}, {"mistral", "MistralForCausalLM", read_mistral},
+    {"qwen2", "Qwen2ForCausalLM", read_qwen2}, {"phi", "PhiForCausalLM", read_phi},
+    {"opt", "OPTForCausalLM", read_opt},       {"gpt2", "GPT2LMHeadModel", read_gpt2},
+};
 
 const Family& find_family(Fields& f) {
   const Json &architectures = f.take("architectures"), &type = f.take("model_type");

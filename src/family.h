@@ -1,6 +1,6 @@
 // Model families: a Hugging Face config.json becomes a Config. A field that would change the result and that this
 // trainer does not compute is an error that names it; so is a field it does not know. A family is a reader and its row
-// in the table of family.cpp; its tensors' names are safetensors.cpp's.
+// in the table of family.cpp; its tensors' names are safetensors_names.cpp's.
 #pragma once
 
 #include <filesystem>

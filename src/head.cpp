@@ -71,13 +71,13 @@ void head(const Config& config, const Weights& weights, const Weights* gradients
   const Tensor coefficient = scratch.allocate("head statistics", sums, {targets});
   Chunk chunk;
   chunk.logits = scratch.allocate("logits", sums, {chunk_rows, config.vocab});
-  chunk.hidden = scratch.allocate("head rows", dtype, {chunk_rows, config.width});
-  if (gradients) chunk.dhidden = scratch.allocate("d head rows", dtype, {chunk_rows, config.width});
+  chunk.hidden = scratch.allocate("head rows", dtype, {chunk_rows, config.table_width()});
+  if (gradients) chunk.dhidden = scratch.allocate("d head rows", dtype, {chunk_rows, config.table_width()});
 
   // Targets [first, first + count): hidden rows -> logits, which stay in the chunk.
   const auto make_logits = [&](int64_t first, int64_t count) {
     backend.gather(chunk.hidden.slice(0, count), hidden, batch.target_rows.slice(first, count));
-    backend.linear_forward(chunk.logits.slice(0, count), chunk.hidden.slice(0, count), weights.output, {});
+    backend.linear_forward(chunk.logits.slice(0, count), chunk.hidden.slice(0, count), weights.output, weights.output_bias);
   };
   // Logits -> dlogits in place -> gradients of the output matrix and of the hidden rows.
   const auto give_back = [&](int64_t first, int64_t count) {
@@ -85,7 +85,7 @@ void head(const Config& config, const Weights& weights, const Weights* gradients
     const Tensor rows = chunk.dhidden.slice(0, count);
     backend.head_backward(dlogits, logits, lse.slice(first, count), logp.slice(first, count),
                           coefficient.slice(first, count), batch.target_tokens.slice(first, count));
-    backend.linear_backward(rows, gradients->output, {}, dlogits, chunk.hidden.slice(0, count), weights.output);
+    backend.linear_backward(rows, gradients->output, gradients->output_bias, dlogits, chunk.hidden.slice(0, count), weights.output);
     backend.scatter_add(*dhidden, rows, batch.target_rows.slice(first, count));
   };
 

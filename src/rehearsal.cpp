@@ -25,11 +25,11 @@ struct RehearsalBackend final : Backend {
     shapes::embedding("embedding_backward", dout, dweight, dposition_weight, accumulation_dtype(dout.dtype), tokens,
                       positions);
   }
-  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
+  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias, bool) override {
     shapes::linear_forward(out, in, weight, bias);
   }
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                       const Tensor& in, const Tensor& weight) override {
+                       const Tensor& in, const Tensor& weight, bool) override {
     shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   }
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,

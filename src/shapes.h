@@ -30,9 +30,10 @@ inline void pitched(const char* op, const char* what, const Tensor& x) {
 inline void embedding(const char* op, const Tensor& rows, const Tensor& table, const Tensor& position_table,
                       DType table_dtype, const Tensor& tokens, const Tensor& positions) {
   activation_dtype(op, rows);
-  REQUIRE_SHAPE(op, table.rank == 2, "the table is ", shape_text(table));
-  matrix(op, "table", table, table_dtype, table.rows(), rows.columns());
-  vector(op, "tokens", tokens, DType::i32, rows.rows());
+  if (table) {
+    matrix(op, "table", table, table_dtype, table.rows(), rows.columns());
+    vector(op, "tokens", tokens, DType::i32, rows.rows());
+  }
   if (!position_table) return;
   matrix(op, "position table", position_table, table_dtype, position_table.rows(), rows.columns());
   vector(op, "positions", positions, DType::i32, rows.rows());
@@ -121,6 +122,7 @@ inline void rope(const char* op, const Tensor& qkv, const Tensor& positions, con
   REQUIRE_SHAPE(op, shape.rotary_dim >= 0 && shape.rotary_dim <= shape.head_dim && shape.rotary_dim % 2 == 0,
                 "rotary_dim is ", shape.rotary_dim, ", the head size ", shape.head_dim);
   REQUIRE_SHAPE(op, shape.theta > 0, "theta is ", shape.theta);
+  REQUIRE_SHAPE(op, shape.scaling.factor > 0, "the scaling factor is ", shape.scaling.factor);
   matrix(op, "qkv", qkv, qkv.dtype, qkv.rows(), int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim);
   vector(op, "positions", positions, DType::i32, qkv.rows());
 }

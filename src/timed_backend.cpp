@@ -56,17 +56,18 @@ class TimedBackend final : public Backend {
     timed(Part::embedding, 0, {&dout, &dout},
           [&] { inner_->embedding_backward(dweight, dposition_weight, dout, tokens, positions, padding); });
   }
-  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
+  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias,
+                      bool adds) override {
     const ProductShape shape{false, false, false, in.rows(), weight.rows(), weight.columns(), out.dtype != in.dtype,
                              out.pitch(), layer_ == layers_};
-    timed_product(shape, 1, {&out, &in, &weight}, [&] { inner_->linear_forward(out, in, weight, bias); });
+    timed_product(shape, 1, {&out, &in, &weight}, [&] { inner_->linear_forward(out, in, weight, bias, adds); });
   }
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                       const Tensor& in, const Tensor& weight) override {
+                       const Tensor& in, const Tensor& weight, bool adds) override {
     const ProductShape shape{true, static_cast<bool>(din), static_cast<bool>(dweight), dout.rows(), weight.rows(),
                              weight.columns(), false, dout.pitch(), layer_ == layers_};
     timed_product(shape, shape.din + shape.dweight, {&din, &dweight, &dweight, &dout, &in, &weight},
-                  [&] { inner_->linear_backward(din, dweight, dbias, dout, in, weight); });
+                  [&] { inner_->linear_backward(din, dweight, dbias, dout, in, weight, adds); });
   }
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                     const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,

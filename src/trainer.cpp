@@ -58,7 +58,7 @@ MicroBatch::MicroBatch(DeviceModel& model, const Batch& batch)
       activations_(
           Activations::allocate(model.config, model.dtype, batch.rows(), kept_by(model), model.scratch)) {
   if (model.tensors.trains())
-    dhidden_ = model.scratch.allocate("d hidden", model.dtype, {batch.rows(), model.config.width});
+    dhidden_ = model.scratch.allocate("d hidden", model.dtype, {batch.rows(), model.config.table_width()});
 }
 
 void MicroBatch::forward() {

@@ -48,9 +48,8 @@ Values whole_logits(TinyModel& model, const Tokens& sequence) {
   const DeviceBatch device = to_device(batch, *model.backend, model.memory);
   const Activations activations = Activations::allocate(model.config, model.dtype, rows, Keep::all, model.memory);
   forward(model.config, model.weights, activations, device, *model.backend, model.memory);
-  const Tensor logits =
-      model.memory.allocate("logits", accumulation_dtype(model.dtype), {rows, model.config.vocab});
-  model.backend->linear_forward(logits, activations.hidden, model.weights.output, {});
+  const Tensor logits = model.memory.allocate("logits", accumulation_dtype(model.dtype), {rows, model.config.vocab});
+  model.backend->linear_forward(logits, activations.hidden, model.weights.output, model.weights.output_bias);
   return model.get(logits);
 }
 
@@ -76,45 +75,48 @@ Tokens decode_by_whole_sequences(TinyModel& model, Tokens sequence, int32_t stop
 
 TEST_CASE("decode: logits with the cache are those of the whole sequences, step by step") {
   constexpr int64_t steps = 5;
-  each_device([&](Backend&, DType dtype) {
-    TinyModel model(long_config(), dtype, make_cpu_backend(2)), exact(long_config(), DType::f64, make_cpu_backend(2));
-    copy_weights(exact, model);
-    const int64_t vocab = model.config.vocab, before = model.memory.used();
-    std::vector<Tokens> sequences;
-    DeviceModel device = device_model(model);
-    for (const int64_t prompt_rows : {80, 1000}) {  // prompts in several passes and in one
-      sequences = uneven_prompts();
-      Decoder decoder(device, {4, 90, prompt_rows});
-      std::vector<Values> cached(sequences.size());  // of each sequence
-      const auto take = [&](const Tensor& logits, const Tokens& of) {
-        const Values values = model.get(logits);
-        for (size_t i = 0; i < of.size(); ++i)
-          cached[of[i]].insert(cached[of[i]].end(), values.begin() + i * vocab, values.begin() + (i + 1) * vocab);
-      };
-      Tokens going{0, 1, 2, 3};
-      take(decoder.start(sequences), going);
-      std::mt19937 random(11);
-      for (int64_t step = 0; step < steps; ++step) {
-        if (step == 2) going = {3, 0, 2};  // the second drops out, the others go on in another order
-        const Tokens tokens = random_tokens(random, static_cast<int>(going.size()), static_cast<int>(vocab));
-        take(decoder.step(going, tokens), going);
-        for (size_t i = 0; i < going.size(); ++i) sequences[going[i]].push_back(tokens[i]);
+  for (Config config : odd_family_configs())
+    for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+      CAPTURE(config.family);
+      config.max_positions = 400;
+      TinyModel model(config, dtype, make_cpu_backend(2)), exact(config, DType::f64, make_cpu_backend(2));
+      copy_weights(exact, model);
+      const int64_t vocab = model.config.vocab, before = model.memory.used();
+      std::vector<Tokens> sequences;
+      DeviceModel device = device_model(model);
+      for (const int64_t prompt_rows : {80, 1000}) {  // prompts in several passes and in one
+        sequences = uneven_prompts();
+        Decoder decoder(device, {4, 90, prompt_rows});
+        std::vector<Values> cached(sequences.size());  // of each sequence
+        const auto take = [&](const Tensor& logits, const Tokens& of) {
+          const Values values = model.get(logits);
+          for (size_t i = 0; i < of.size(); ++i)
+            cached[of[i]].insert(cached[of[i]].end(), values.begin() + i * vocab, values.begin() + (i + 1) * vocab);
+        };
+        Tokens going{0, 1, 2, 3};
+        take(decoder.start(sequences), going);
+        std::mt19937 random(11);
+        for (int64_t step = 0; step < steps; ++step) {
+          if (step == 2) going = {3, 0, 2};  // the second drops out, the others go on in another order
+          const Tokens tokens = random_tokens(random, static_cast<int>(going.size()), static_cast<int>(vocab));
+          take(decoder.step(going, tokens), going);
+          for (size_t i = 0; i < going.size(); ++i) sequences[going[i]].push_back(tokens[i]);
+        }
+        for (size_t s = 0; s < sequences.size(); ++s) {
+          CAPTURE(s);
+          const auto count = static_cast<int64_t>(cached[s].size()) / vocab;
+          CHECK(count == (s == 1 ? 3 : 1 + steps));
+          Values whole, reference;
+          append_last(whole, whole_logits(model, sequences[s]), count, vocab);
+          append_last(reference, whole_logits(exact, sequences[s]), count, vocab);
+          if (dtype == DType::f64)
+            CHECK(largest_error(cached[s], whole) < 1e-12);
+          else
+            check_close("logits", cached[s], whole, reference, dtype);
+        }
       }
-      for (size_t s = 0; s < sequences.size(); ++s) {
-        CAPTURE(s);
-        const auto count = static_cast<int64_t>(cached[s].size()) / vocab;
-        CHECK(count == (s == 1 ? 3 : 1 + steps));
-        Values whole, reference;
-        append_last(whole, whole_logits(model, sequences[s]), count, vocab);
-        append_last(reference, whole_logits(exact, sequences[s]), count, vocab);
-        if (dtype == DType::f64)
-          CHECK(largest_error(cached[s], whole) < 1e-12);
-        else
-          check_close("logits", cached[s], whole, reference, dtype);
-      }
+      CHECK(model.memory.used() == before);  // a Decoder gives its memory back
     }
-    CHECK(model.memory.used() == before);  // a Decoder gives its memory back
-  });
 }
 
 TEST_CASE("decode: greedy tokens are those of running the whole sequence again") {

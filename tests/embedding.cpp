@@ -42,6 +42,32 @@ TEST_CASE("embedding: forward copies rows, backward adds them in order, the padd
   });
 }
 
+TEST_CASE("embedding: without a table of tokens positions are added to what is there") {
+  constexpr int64_t most = 11;
+  each_device([](Backend& backend, DType dtype) {
+    const DType sums = accumulation_dtype(dtype);
+    const Values before = rounded(random_values(rows * width, 1), dtype),
+                 learned = rounded(random_values(most * width, 5), dtype),
+                 dout = rounded(random_values(rows * width, 2), dtype);
+    Values at(rows);
+    for (int64_t r = 0; r < rows; ++r) at[r] = static_cast<double>(r * r % most);
+    DeviceTensor out(backend, dtype, {rows, width}, before), position_weight(backend, dtype, {most, width}, learned),
+        position(backend, DType::i32, {rows}, at), gradient(backend, dtype, {rows, width}, dout),
+        dposition(backend, sums, {most, width});
+    backend.embedding_forward(out, {}, {}, position_weight, position);
+    backend.embedding_backward({}, dposition, gradient, {}, position, -1);
+    Values expected = before, added(most * width);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t from = int64_t(at[r]) * width + i;
+        expected[r * width + i] = rounded(before[r * width + i] + learned[from], dtype);
+        added[from] = rounded(added[from] + dout[r * width + i], sums);
+      }
+    CHECK(out.values() == expected);
+    CHECK(dposition.values() == added);
+  });
+}
+
 TEST_CASE("embedding: learned positions are added, and get the gradient of the rows at them") {
   constexpr int64_t most = 11;
   each_device([](Backend& backend, DType dtype) {

@@ -30,12 +30,13 @@ class EmulatedBackend final : public Backend {
                           const Tensor& tokens, const Tensor& positions, int64_t padding) override {
     gpu_.embedding_backward(dweight, dposition_weight, dout, tokens, positions, padding);
   }
-  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override {
-    gpu_.linear_forward(out, in, weight, bias);
+  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias,
+                      bool adds) override {
+    gpu_.linear_forward(out, in, weight, bias, adds);
   }
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                       const Tensor& in, const Tensor& weight) override {
-    gpu_.linear_backward(din, dweight, dbias, dout, in, weight);
+                       const Tensor& in, const Tensor& weight, bool adds) override {
+    gpu_.linear_backward(din, dweight, dbias, dout, in, weight, adds);
   }
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                     const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,

@@ -89,9 +89,14 @@ TEST_CASE("family: a field that changes the result is refused by name") {
        R"(config.json: hidden_act "gelu" is not supported; this trainer computes "silu" or "swish")"},
       {R"("pretraining_tp": 2, )", "config.json: pretraining_tp 2 is not supported; this trainer computes 1"},
       {R"("rope_scaling": {"rope_type": "llama3", "factor": 8.0}, )",
-       R"(config.json: rope_scaling: rope_type "llama3" is not supported; this trainer computes "default")"},
-      {R"("rope_scaling": {"type": "linear", "factor": 2.0}, )",
-       R"(config.json: rope_scaling: type "linear" is not supported; this trainer computes "default")"},
+       "config.json: rope_scaling: low_freq_factor is missing"},
+      {R"("rope_scaling": {"type": "linear"}, )", "config.json: rope_scaling: factor is missing"},
+      {R"("rope_scaling": {"type": "dynamic", "factor": 2.0}, )",
+       R"(config.json: rope_scaling: type "dynamic" is not supported; this trainer computes "default", "linear" and "llama3")"},
+      {R"("rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 3.0}, )",
+       R"(config.json: rope_parameters {"factor":3.0,"rope_type":"linear"} says other than rope_scaling)"},
+      {R"("rope_parameters": {"rope_type": "yarn", "factor": 2.0}, )",
+       R"(config.json: rope_parameters: rope_type "yarn" is not supported; this trainer computes "default", "linear" and "llama3")"},
       {R"("rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "attention_factor": 2}, )",
        "config.json: rope_parameters: the field attention_factor (2) is not known to this trainer and may change what "
        "the model computes; remove it if it does not"},
@@ -119,7 +124,7 @@ TEST_CASE("family: a field that changes the result is refused by name") {
 TEST_CASE("family: an unknown architecture lists the known ones") {
   CHECK(
       refusal_with("architectures", R"(["GPTBigCodeForCausalLM"])") ==
-      R"(config.json: architecture "GPTBigCodeForCausalLM" (model_type "llama") is not supported; this trainer knows LlamaForCausalLM (model_type llama), GPT2LMHeadModel (model_type gpt2))");
+      R"(config.json: architecture "GPTBigCodeForCausalLM" (model_type "llama") is not supported; this trainer knows LlamaForCausalLM (model_type llama), MistralForCausalLM (model_type mistral), Qwen2ForCausalLM (model_type qwen2), PhiForCausalLM (model_type phi), OPTForCausalLM (model_type opt), GPT2LMHeadModel (model_type gpt2))");
   CHECK(holds(refusal_with("model_type", "\"mamba\""), "(model_type \"mamba\") is not supported"));
   CHECK(holds(refusal_with("architectures", R"(["LlamaForCausalLM", "Other"])"), "is not supported"));
 }
@@ -135,7 +140,7 @@ TEST_CASE("family: shapes that no model has") {
   CHECK(refusal_with("num_key_value_heads", "2") ==
         "config.json: num_attention_heads 3 is no multiple of num_key_value_heads 2");
   CHECK(refusal_with("head_dim", "5") ==
-        "config.json: heads of 5 entries cannot be rotated in pairs; head_dim has to be even");
+        "config.json: 5 of a head's 5 entries cannot be rotated in pairs; head_dim has to be even");
   CHECK(holds(refusal_with("rms_norm_eps", "0"), "rms_norm_eps 0 is not a positive number"));
   CHECK(holds(refusal_with("attention_bias", "1"), "attention_bias 1 is neither true nor false"));
   CHECK(holds(

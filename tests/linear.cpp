@@ -99,6 +99,34 @@ TEST_CASE("linear: forward, with and without bias, into the compute and the accu
   });
 }
 
+TEST_CASE("linear: adds to what is there: out and din of a second product") {
+  each_device([](Backend& backend, DType dtype) {
+    for (const Case& c : cases)
+      for (bool with_bias : {false, true}) {
+        CAPTURE(c.rows);
+        const Values a = rounded(random_values(c.rows * c.k, 1), dtype),
+                     b = rounded(random_values(c.n * c.k, 2), dtype),
+                     g = rounded(random_values(c.rows * c.n, 3), dtype),
+                     shift = with_bias ? rounded(random_values(c.n, 4), dtype) : Values{},
+                     before = rounded(random_values(c.rows * c.n, 5, -9, 9), dtype),
+                     dbefore = rounded(random_values(c.rows * c.k, 6, -9, 9), dtype), bt = transposed(b, c.n, c.k);
+        DeviceTensor in(backend, dtype, {c.rows, c.k}, a), weight(backend, dtype, {c.n, c.k}, b),
+            out(backend, dtype, {c.rows, c.n}, before), dout(backend, dtype, {c.rows, c.n}, g),
+            din(backend, dtype, {c.rows, c.k}, dbefore), bias(backend, dtype, {c.n}, with_bias ? shift : Values(c.n));
+        backend.linear_forward(out, in, weight, with_bias ? *bias : Tensor(), true);
+        backend.linear_backward(din, Tensor(), Tensor(), dout, Tensor(), weight, true);
+        with_type(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          const auto rounded_sum = [&](const Values& x, const Values& y) { return rounded(plus(x, y), dtype); };
+          check_close("out", out.values(), rounded_sum(product<T>(a, b, shift, c.rows, c.n, c.k, false), before),
+                      plus(product<long double>(a, b, shift, c.rows, c.n, c.k, true), before), dtype);
+          check_close("din", din.values(), rounded_sum(product<T>(g, bt, {}, c.rows, c.k, c.n, false), dbefore),
+                      plus(product<long double>(g, bt, {}, c.rows, c.k, c.n, true), dbefore), dtype);
+        });
+      }
+  });
+}
+
 TEST_CASE("linear: a row is the same alone and among others, and rows may stand at a pitch") {
   each_device([](Backend& backend, DType dtype) {
     const int64_t n = 35, k = 75, gap = 3;

@@ -9,8 +9,14 @@ struct Case {
   int64_t rows;
   RopeShape shape;
 };
-const Case cases[] = {{1, {1, 1, 2, 2, 10000}},  {97, {3, 1, 6, 6, 10000}},  {5, {3, 1, 10, 4, 500}},
-                      {33, {4, 2, 64, 64, 1e6}}, {7, {2, 2, 80, 32, 10000}}, {3, {2, 1, 8, 0, 10}}};
+const Case cases[] = {{1, {1, 1, 2, 2, 10000}},
+                      {97, {3, 1, 6, 6, 10000}},
+                      {5, {3, 1, 10, 4, 500}},
+                      {33, {4, 2, 64, 64, 1e6}},
+                      {7, {2, 2, 80, 32, 10000}},
+                      {3, {2, 1, 8, 0, 10}},
+                      {29, {2, 1, 16, 16, 100, {RopeScaling::linear, 2.5}}},
+                      {41, {1, 1, 32, 32, 50, {RopeScaling::llama3, 8, 0.5, 3, 30}}}};
 
 int64_t width_of(const RopeShape& s) { return int64_t{s.heads + 2 * s.kv_heads} * s.head_dim; }
 
@@ -21,6 +27,20 @@ Values positions_of(int64_t rows) {
   return p;
 }
 
+// Written as transformers' modeling_rope_utils states it, by wavelengths.
+template <class Angle> Angle frequency(const RopeShape& s, int64_t i) {
+  const Angle plain = std::pow(Angle(s.theta), Angle(-2 * i) / Angle(s.rotary_dim));
+  const RopeScaling& how = s.scaling;
+  if (how.kind == RopeScaling::none) return plain;
+  if (how.kind == RopeScaling::linear) return plain / Angle(how.factor);
+  const Angle wavelength = 2 * Angle(3.14159265358979323846264L) / plain, original = Angle(how.original_positions);
+  if (wavelength > original / Angle(how.low_frequency)) return plain / Angle(how.factor);
+  if (wavelength < original / Angle(how.high_frequency)) return plain;
+  const Angle smooth =
+      (original / wavelength - Angle(how.low_frequency)) / Angle(how.high_frequency - how.low_frequency);
+  return (1 - smooth) * plain / Angle(how.factor) + smooth * plain;
+}
+
 template <class T> Values rotated(const Values& qkv, const Values& positions, const RopeShape& s, int direction) {
   using Angle = std::conditional_t<std::is_same_v<T, long double>, long double, double>;
   auto x = typed<T>(qkv);
@@ -28,7 +48,7 @@ template <class T> Values rotated(const Values& qkv, const Values& positions, co
   for (size_t r = 0; r < positions.size(); ++r)
     for (int head = 0; head < s.heads + s.kv_heads; ++head)
       for (int64_t i = 0; i < half; ++i) {
-        const Angle angle = Angle(positions[r]) * std::pow(Angle(s.theta), Angle(-2 * i) / Angle(s.rotary_dim));
+        const Angle angle = Angle(positions[r]) * frequency<Angle>(s, i);
         const Sum<T> cosine = static_cast<Sum<T>>(std::cos(angle)),
                      sine = static_cast<Sum<T>>(direction * std::sin(angle));
         T &a = x[r * width + head * s.head_dim + i], &b = x[r * width + head * s.head_dim + i + half];

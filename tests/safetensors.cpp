@@ -234,7 +234,9 @@ TEST_CASE("safetensors: five broken model folders, one telling line each") {
     CHECK(error_line<UserError>([&] { read_model_config(folder.path()); }) ==
           place +
               "/config.json: architecture \"MambaForCausalLM\" (model_type \"mamba\") is not supported; this trainer "
-              "knows LlamaForCausalLM (model_type llama), GPT2LMHeadModel (model_type gpt2)");
+              "knows LlamaForCausalLM (model_type llama), MistralForCausalLM (model_type mistral), Qwen2ForCausalLM "
+              "(model_type qwen2), PhiForCausalLM (model_type phi), OPTForCausalLM (model_type opt), GPT2LMHeadModel "
+              "(model_type gpt2)");
   }
   SUBCASE("wrong dtype") {
     folder.rewrite([&](auto& items) {

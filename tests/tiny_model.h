@@ -40,6 +40,37 @@ inline Config odd_gpt2_config() {
   return c;
 }
 
+// One norm for two blocks, part of a head rotated, key and value heads shared, a bias on the logits.
+inline Config odd_phi_config() {
+  Config c = odd_gpt2_config();
+  c.family = "phi";
+  c.block = Block::parallel, c.position = Position::rotary, c.activation = Activation::gelu;
+  c.width = 20, c.heads = 2, c.kv_heads = 1, c.head_dim = 10, c.rotary_dim = 4;
+  c.max_positions = 64, c.output_bias = true, c.tied_embeddings = false;
+  return c;
+}
+
+// Norms behind the blocks, token vectors of their own width, two rows before position 0.
+inline Config odd_opt_config() {
+  Config c = odd_gpt2_config();
+  c.family = "opt";
+  c.block = Block::post_norm, c.layers = 3, c.embedding_width = 9, c.position_offset = 2;
+  return c;
+}
+
+// Windows of some layers, frequencies scaled.
+inline Config odd_qwen2_config() {
+  Config c = odd_config();
+  c.family = "qwen2";
+  c.windows = {0, 4}, c.attention_output_bias = c.mlp_bias = false;
+  c.rope_theta = 50, c.rope_scaling = {RopeScaling::llama3, 4, 0.5, 3, 30};
+  return c;
+}
+
+inline std::vector<Config> odd_family_configs() {
+  return {odd_config(), odd_gpt2_config(), odd_phi_config(), odd_opt_config(), odd_qwen2_config()};
+}
+
 inline std::vector<int32_t> random_tokens(std::mt19937& random, int count, int vocab) {
   std::vector<int32_t> ids(count);
   for (int32_t& id : ids) id = std::uniform_int_distribution<int32_t>(0, vocab - 1)(random);
@@ -107,7 +138,7 @@ class TinyModel {
       const Keep kept = with_gradients ? keep : Keep::nothing;
       const Activations activations = Activations::allocate(config, dtype, batch.rows(), kept, memory);
       forward(config, weights, activations, device, *backend, memory);
-      const Tensor dhidden = memory.allocate("d hidden", dtype, {batch.rows(), config.width});
+      const Tensor dhidden = memory.allocate("d hidden", dtype, {batch.rows(), config.table_width()});
       std::vector<double> logps;
       const Weights* to_weights = with_gradients ? &gradients : nullptr;
       const Tensor* to_hidden = with_gradients ? &dhidden : nullptr;

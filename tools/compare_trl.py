@@ -109,7 +109,8 @@ def main():
         begin = dict(start.named_parameters())
 
         def changes(of):
-            return {name: without_key_bias(name, (p - begin[name]).detach()) for name, p in of.named_parameters()}
+            return {name: without_key_bias(of.config, name, (p - begin[name]).detach())
+                    for name, p in of.named_parameters()}
 
         compare_tensors(report, f"change by {args.steps} steps, relative", changes(trained), changes(model), CHANGES)
     sys.exit(report.failed)

@@ -28,17 +28,23 @@ def versions():
 
 
 def relative(ours, theirs):
-    """|ours - theirs| / |theirs|, in double."""
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    """|ours - theirs| / |theirs|, in double; nothing equals nothing."""
+    difference, size = float((ours.double() - theirs.double()).norm()), float(theirs.double().norm())
+    return difference / size if difference else 0.0
 
 
-def without_key_bias(name, change):
-    """GPT-2's c_attn.bias without its middle third: what is added to every key alike cancels in the softmax, so that
-    its gradient is 0 but for rounding, of which Adam makes steps."""
-    if not name.endswith("c_attn.bias"):
-        return change
-    query, _, value = change.chunk(3)
-    return torch.cat([query, value])
+def without_key_bias(config, name, change):
+    """The change (or gradient), 0 for the part of a key bias that no rotation turns: what is added to every key alike
+    cancels in the softmax, so that its gradient is 0 but for rounding, of which Adam makes steps."""
+    change = change.detach().clone()
+    if name.endswith("c_attn.bias"):
+        size = len(change) // 3
+        change[size:2 * size] = 0
+    elif name.endswith("k_proj.bias"):
+        size = config.hidden_size // config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {"partial_rotary_factor": 0.0}
+        change.view(-1, size)[:, int(size * rope.get("partial_rotary_factor", 1.0)):] = 0
+    return change
 
 
 def sequence(row, side):

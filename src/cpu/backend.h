@@ -25,9 +25,10 @@ class CpuBackend final : public Backend {
                          const Tensor& positions) override;
   void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
                           const Tensor& tokens, const Tensor& positions, int64_t padding) override;
-  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) override;
+  void linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias,
+                      bool adds) override;
   void linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                       const Tensor& in, const Tensor& weight) override;
+                       const Tensor& in, const Tensor& weight, bool adds) override;
   void norm_forward(const Tensor& out, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                     const Tensor& residual, const Tensor& branch, const Tensor& weight, const Tensor& bias,
                     double epsilon) override;

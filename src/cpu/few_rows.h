@@ -68,11 +68,11 @@ void with_count(std::integer_sequence<int, Index...>, int64_t count, const Body&
   ((count == Index + 1 ? body(std::integral_constant<int, Index + 1>{}) : void()), ...);
 }
 
-// Out is T or A; bias may be null; pitches are in entries, and the weight is dense. Threads own blocks of weight rows,
+// Out is T or A; bias may be null; adds: out +=; pitches are in entries, and the weight is dense. Threads own blocks of weight rows,
 // which stay in cache while the input rows pass in groups.
 template <class T, class Out>
 void multiply_few_rows(Out* out, int64_t out_pitch, const T* in, int64_t in_pitch, const T* weight, const T* bias,
-                       int64_t rows, int64_t n, int64_t k) {
+                       int64_t rows, int64_t n, int64_t k, bool adds = false) {
   using A = Accumulator<T>;
   constexpr int outputs = 4, most = vector_bytes == 64 ? 6 : 2;  // their products, sums and factors fit the registers
   const int64_t groups = (rows + most - 1) / most, group = (rows + groups - 1) / groups;
@@ -83,8 +83,11 @@ void multiply_few_rows(Out* out, int64_t out_pitch, const T* in, int64_t in_pitc
         A sums[Outputs][Rows];
         dot_products<T, Outputs, Rows>(sums, weight + first * k, in + row * in_pitch, in_pitch, k);
         for (int o = 0; o < Outputs; ++o)
-          for (int r = 0; r < Rows; ++r)
-            out[(row + r) * out_pitch + first + o] = Out(bias ? sums[o][r] + A(bias[first + o]) : sums[o][r]);
+          for (int r = 0; r < Rows; ++r) {
+            Out& to = out[(row + r) * out_pitch + first + o];
+            const A sum = bias ? sums[o][r] + A(bias[first + o]) : sums[o][r];
+            to = Out(adds ? A(to) + sum : sum);
+          }
       });
   };
   for_rows((n + outputs - 1) / outputs, [&](int64_t b) {

@@ -47,13 +47,13 @@ struct Matrix {
   }
 };
 
-// c = a . b + bias, or c += a . b
+// c = a . b + bias, or c += a . b + bias
 void multiply_in_double(const Matrix& c, const Matrix& a, const Matrix& b, const double* bias, bool accumulate) {
   const auto *x = static_cast<const double*>(a.data), *y = static_cast<const double*>(b.data);
   for_rows(c.rows, [&](int64_t i) {
     for (int64_t j = 0; j < c.columns; ++j) {
       double& out = static_cast<double*>(c.data)[i * c.row_stride + j];
-      double sum = accumulate ? out : bias ? bias[j] : 0;
+      double sum = (accumulate ? out : 0) + (bias ? bias[j] : 0);
       for (int64_t k = 0; k < a.columns; ++k)
         sum += x[i * a.row_stride + k * a.column_stride] * y[k * b.row_stride + j * b.column_stride];
       out = sum;
@@ -74,13 +74,13 @@ Matrix widened(Matrix m, float* memory) {
   return turned ? m.transposed() : m;
 }
 
-// out = in . weight^T + bias for up to few_rows rows.
-void multiply_few(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) {
+// out = in . weight^T + bias for up to few_rows rows; adds: out +=.
+void multiply_few(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias, bool adds) {
   with_dtype("linear_forward", in.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&]<class Out>(Out* to) {
       multiply_few_rows(to, out.pitch(), in.as<const T>(), in.pitch(), weight.as<const T>(),
-                        bias ? bias.as<const T>() : nullptr, in.rows(), weight.rows(), weight.columns());
+                        bias ? bias.as<const T>() : nullptr, in.rows(), weight.rows(), weight.columns(), adds);
     };
     if (out.dtype == in.dtype)
       run(out.as<T>());
@@ -172,6 +172,7 @@ struct CpuBackend::MatrixProducts {
     Matrix z = c;
     z.data = wide_c.reserve<float>(static_cast<size_t>(c.rows * c.columns));
     z.dtype = DType::f32, z.row_stride = c.columns;
+    if (accumulate) z = widened(c, static_cast<float*>(z.data));
     run(z, x, y, row, accumulate);
     for_rows(c.rows, [&](int64_t r) {
       const float* from = static_cast<const float*>(z.data) + r * c.columns;
@@ -194,18 +195,19 @@ struct CpuBackend::MatrixProducts {
   }
 };
 
-void CpuBackend::linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias) {
+void CpuBackend::linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias,
+                                bool adds) {
   shapes::linear_forward(out, in, weight, bias);
-  if (in.rows() > 0 && in.rows() <= few_rows) return multiply_few(out, in, weight, bias);
+  if (in.rows() > 0 && in.rows() <= few_rows) return multiply_few(out, in, weight, bias, adds);
   if (!products_) products_ = std::make_shared<MatrixProducts>();
-  products_->multiply(out, in, Matrix(weight).transposed(), bias.data, false);
+  products_->multiply(out, in, Matrix(weight).transposed(), bias.data, adds);
 }
 
 void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const Tensor& dbias, const Tensor& dout,
-                                 const Tensor& in, const Tensor& weight) {
+                                 const Tensor& in, const Tensor& weight, bool adds) {
   shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   if (!products_) products_ = std::make_shared<MatrixProducts>();
-  if (din) products_->multiply(din, dout, weight, nullptr, false);
+  if (din) products_->multiply(din, dout, weight, nullptr, adds);
   if (dweight) products_->multiply(dweight, Matrix(dout).transposed(), in, nullptr, true);
   if (!dbias) return;
   with_dtype("linear_backward", dout.dtype, [&](auto zero) { add_column_sums<decltype(zero)>(dbias, dout); });

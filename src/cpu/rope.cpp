@@ -9,17 +9,18 @@ namespace orpo {
 
 using namespace cpu;
 
-// Cosines and sines of position * theta^(-2 i / rotary_dim) for the positions seen so far: [positions][2][rotary_dim /
-// 2], angles in double.
+// Cosines and sines of position * rope_frequency(i) for the positions seen so far: [positions][2][rotary_dim / 2],
+// angles in double.
 struct CpuBackend::RotaryTables {
   template <class A> struct Table {
     int rotary_dim = 0;
     double theta = 0;
+    RopeScaling scaling;
     std::vector<A> values;
 
     void cover(const RopeShape& shape, int64_t positions) {
-      if (rotary_dim != shape.rotary_dim || theta != shape.theta) values.clear();
-      rotary_dim = shape.rotary_dim, theta = shape.theta;
+      if (rotary_dim != shape.rotary_dim || theta != shape.theta || scaling != shape.scaling) values.clear();
+      rotary_dim = shape.rotary_dim, theta = shape.theta, scaling = shape.scaling;
       const int64_t half = rotary_dim / 2,
                     begin = static_cast<int64_t>(values.size()) / std::max<int64_t>(rotary_dim, 1);
       if (begin >= positions) return;
@@ -27,8 +28,7 @@ struct CpuBackend::RotaryTables {
       for_rows(positions - begin, [&](int64_t n) {
         A* row = values.data() + (begin + n) * rotary_dim;
         for (int64_t i = 0; i < half; ++i) {
-          const double angle =
-              static_cast<double>(begin + n) * std::pow(theta, -2.0 * static_cast<double>(i) / rotary_dim);
+          const double angle = static_cast<double>(begin + n) * rope_frequency(shape, static_cast<int>(i));
           row[i] = static_cast<A>(std::cos(angle));
           row[half + i] = static_cast<A>(std::sin(angle));
         }
