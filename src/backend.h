@@ -94,6 +94,7 @@ struct Backend {
 
   // Memory of the device. allocate() throws MachineError when there is none left.
   virtual void* allocate(int64_t bytes) = 0;
+  virtual bool allocates_zeros() const { return false; }  // what it has just allocated is 0: no need to write that
   virtual void release(void* memory, int64_t bytes) = 0;
   virtual void upload(const Tensor& device, const void* host) = 0;  // device = host
   virtual void download(void* host, const Tensor& device) = 0;      // host = device; any thread, beside other calls

@@ -114,7 +114,8 @@ bool is_weights_file(const std::string& name) {
          (name.starts_with("model-") && name.ends_with(".safetensors"));
 }
 
-StoredDType load_weights(const fs::path& folder, const Config& config, const Masters& masters, Backend& backend) {
+StoredDType load_weights(const fs::path& folder, const Config& config, const Masters& masters, Backend& backend,
+                         bool zeros) {
   const StoredWeights stored = StoredWeights::of_folder(folder);
   const std::vector<TensorPlace> places = tensor_places(config);
   check_tensors(stored, places, config, folder);
@@ -122,7 +123,8 @@ StoredDType load_weights(const fs::path& folder, const Config& config, const Mas
   StoredDType dtype = *find_place(stored, places[0])->dtype;
   for (const TensorPlace& place : places) {
     const StoredTensor& tensor = *find_place(stored, place);
-    read_values(list[place.parameter].master().slice(place.first_row, place.rows), tensor, place.transposed, backend);
+    read_values(list[place.parameter].master().slice(place.first_row, place.rows), tensor, place.transposed, backend,
+                zeros);
     dtype = widest(dtype, *tensor.dtype);
   }
   backend.synchronize();

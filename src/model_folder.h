@@ -16,9 +16,10 @@ namespace orpo {
 
 // Fills masters (any floating dtype, rounded to nearest even, or bf16 with corrections) from FOLDER. Throws UserError:
 // one line naming folder or file, tensor, expected and actual shape or dtype; missing and unexpected tensors. Returns
-// the dtype the weights are stored in (the widest where they differ): what --save-dtype auto means.
+// the dtype the weights are stored in (the widest where they differ): what --save-dtype auto means. zeros: the masters'
+// memory is 0 so far, and is left alone where it stays so.
 StoredDType load_weights(const std::filesystem::path& folder, const Config& config, const Masters& masters,
-                         Backend& backend);
+                         Backend& backend, bool zeros = false);
 // That dtype without loading, from the headers; as config.json says where the folder has no weights (--init random).
 StoredDType stored_dtype(const std::filesystem::path& folder, const ModelDescription& description);
 

@@ -155,11 +155,13 @@ void Run::open_memory() {
 void Run::load_state() {
   const TrainingTensors& t = model_->tensors;
   if (!checkpoint_) {
+    // Memory that is zero already is not touched before the first update needs it: the kernel may take seconds over it.
+    const bool zeros = backend_->allocates_zeros();
     if (options_.init == Init::random)
       draw_weights(*model_, options_.seed);
     else
-      load_weights(options_.model, model_->config, t.masters(), *backend_);
-    start_optimizer(*model_);
+      load_weights(options_.model, model_->config, t.masters(), *backend_, zeros);
+    if (!zeros) start_optimizer(*model_);
     return;
   }
   const TrainingState& state = checkpoint_->state;

@@ -122,7 +122,8 @@ f16::operator float() const {
   return std::bit_cast<float>(sign | (magnitude < 0x400u ? std::bit_cast<uint32_t>(small) : rebased));
 }
 
-void read_values(const MasterTensor& target, const StoredTensor& stored, bool transposed, Backend& backend) {
+void read_values(const MasterTensor& target, const StoredTensor& stored, bool transposed, Backend& backend,
+                 bool zeros) {
   const int64_t n = target.weight.elements();
   REQUIRE_SHAPE("read_values", stored.dtype && n == stored.elements(), stored.name, " has ", stored.elements(),
                 " elements");
@@ -132,7 +133,7 @@ void read_values(const MasterTensor& target, const StoredTensor& stored, bool tr
   if (transposed) turned = transpose(stored.data.data(), target.weight.columns(), target.weight.rows(), in_bytes);
   const std::byte* source = transposed ? turned.data() : stored.data.data();
   if (same(dtype, *stored.dtype)) {
-    if (target.correction) backend.zero(target.correction);
+    if (target.correction && !zeros) backend.zero(target.correction);
     return backend.upload(target.weight, source);
   }
   const DType values = target.correction ? DType::f32 : dtype;

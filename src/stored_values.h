@@ -22,8 +22,9 @@ static_assert(sizeof(f16) == 2);
 
 // target (any floating dtype, or bf16 with corrections, on the device) = the stored values; same number of elements,
 // stored.dtype present. A target without corrections is rounded to its dtype, one with them as master.h says.
-// transposed: the target is a matrix and its transpose is what is stored.
-void read_values(const MasterTensor& target, const StoredTensor& stored, bool transposed, Backend& backend);
+// transposed: the target is a matrix and its transpose is what is stored. zeros: the target's memory is 0 so far.
+void read_values(const MasterTensor& target, const StoredTensor& stored, bool transposed, Backend& backend,
+                 bool zeros = false);
 // The same from fp32 values in memory.
 void upload_values(const MasterTensor& target, std::span<const float> values, Backend& backend);
 

@@ -25,6 +25,7 @@ class TimedBackend final : public Backend {
 
   std::string name() const override { return inner_->name(); }
   void* allocate(int64_t bytes) override { return inner_->allocate(bytes); }
+  bool allocates_zeros() const override { return inner_->allocates_zeros(); }
   void release(void* memory, int64_t bytes) override { inner_->release(memory, bytes); }
   void synchronize() override { inner_->synchronize(); }
   void begin(int layer, Pass pass) override {

@@ -1,6 +1,7 @@
 // Views, bf16 rounding, the arena.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -52,4 +53,16 @@ TEST_CASE("arena: what the rehearsal counts is what the run takes") {
   use(real);
   CHECK(real.high_water() == counting.high_water());
   CHECK_THROWS_AS(real.allocate("too much", DType::f32, {1000}), MachineError);
+}
+
+TEST_CASE("cpu: fresh memory is zero, whatever stood there before") {
+  const auto backend = make_cpu_backend(2);
+  REQUIRE(backend->allocates_zeros());
+  for (const int64_t bytes : {int64_t{1}, int64_t{1000}, int64_t{100'000}, (int64_t{4} << 20) + 1})
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      auto* memory = static_cast<unsigned char*>(backend->allocate(bytes));
+      CHECK(std::all_of(memory, memory + bytes, [](unsigned char byte) { return byte == 0; }));
+      std::fill(memory, memory + bytes, static_cast<unsigned char>(255));
+      backend->release(memory, bytes);
+    }
 }

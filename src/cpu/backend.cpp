@@ -24,25 +24,64 @@ CpuBackend::~CpuBackend() = default;
 
 void CpuBackend::begin(int, Pass) { spread_threads(); }
 
-// Large allocations stand on huge pages where the kernel has them: matrix products walk many rows at once.
+namespace {
+
+constexpr int64_t huge_page = int64_t{2} << 20, cache_line = 64;
+
+bool is_large(int64_t bytes) { return bytes >= 2 * huge_page; }
+int64_t rounded_up(int64_t bytes) {
+  const int64_t alignment = is_large(bytes) ? huge_page : cache_line;
+  return std::max(alignment, (bytes + alignment - 1) / alignment * alignment);
+}
+
+// Zeroed pages of the kernel's, aligned to a huge one; null where there are none.
+void* map_pages(int64_t bytes) {
+  const auto size = static_cast<size_t>(bytes), spare = static_cast<size_t>(huge_page);
+  void* mapped = mmap(nullptr, size + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  auto* begin = static_cast<char*>(mapped);
+  const size_t before = (spare - reinterpret_cast<uintptr_t>(begin) % spare) % spare;
+  if (before) munmap(begin, before);
+  munmap(begin + before + size, spare - before);
+  madvise(begin + before, size, MADV_HUGEPAGE);
+  return begin + before;
+}
+
+// body(begin, count) over bytes in blocks dealt to threads.
+template <class Body> void for_blocks(int64_t bytes, Body&& body) {
+  constexpr int64_t block = 1 << 16;
+  for_rows((bytes + block - 1) / block,
+           [&](int64_t b) { body(b * block, static_cast<size_t>(std::min(block, bytes - b * block))); });
+}
+
+}  // namespace
+
+// Large allocations stand on huge pages where the kernel has them: matrix products walk many rows at once. The kernel
+// brings and clears a page when it is first touched.
 void* CpuBackend::allocate(int64_t bytes) {
-  constexpr int64_t huge_page = int64_t{2} << 20, cache_line = 64;
-  const int64_t alignment = bytes >= 2 * huge_page ? huge_page : cache_line;
-  const int64_t rounded = std::max(alignment, (bytes + alignment - 1) / alignment * alignment);
-  const int64_t physical = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-  void* memory =
-      rounded > physical ? nullptr : std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded));
+  const int64_t rounded = rounded_up(bytes),
+                physical = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  void* memory = rounded > physical ? nullptr
+                 : is_large(bytes)  ? map_pages(rounded)
+                                    : std::aligned_alloc(cache_line, static_cast<size_t>(rounded));
   if (!memory)
     fail_machine("the machine has no ", bytes, " bytes of memory (", physical,
                  " in all); use fewer --micro-tokens or a smaller model");
-  if (alignment == huge_page) madvise(memory, static_cast<size_t>(rounded), MADV_HUGEPAGE);
+  if (!is_large(bytes)) std::memset(memory, 0, static_cast<size_t>(rounded));
   return memory;
 }
 
-void CpuBackend::release(void* memory, int64_t) { std::free(memory); }
+void CpuBackend::release(void* memory, int64_t bytes) {
+  if (is_large(bytes))
+    munmap(memory, static_cast<size_t>(rounded_up(bytes)));
+  else
+    std::free(memory);
+}
 
 void CpuBackend::upload(const Tensor& device, const void* host) {
-  if (device.elements()) std::memcpy(device.data, host, static_cast<size_t>(device.bytes()));
+  for_blocks(device.bytes(), [&](int64_t begin, size_t count) {
+    std::memcpy(static_cast<char*>(device.data) + begin, static_cast<const char*>(host) + begin, count);
+  });
 }
 
 void CpuBackend::download(void* host, const Tensor& device) {
@@ -50,10 +89,8 @@ void CpuBackend::download(void* host, const Tensor& device) {
 }
 
 void CpuBackend::zero(const Tensor& x) {
-  constexpr int64_t block = 1 << 16;
-  for_rows((x.bytes() + block - 1) / block, [&](int64_t b) {
-    std::memset(static_cast<char*>(x.data) + b * block, 0, static_cast<size_t>(std::min(block, x.bytes() - b * block)));
-  });
+  for_blocks(x.bytes(),
+             [&](int64_t begin, size_t count) { std::memset(static_cast<char*>(x.data) + begin, 0, count); });
 }
 
 std::unique_ptr<Backend> make_cpu_backend(int threads) { return std::make_unique<CpuBackend>(threads); }

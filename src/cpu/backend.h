@@ -14,6 +14,7 @@ class CpuBackend final : public Backend {
   std::string name() const override { return "cpu"; }
 
   void* allocate(int64_t bytes) override;
+  bool allocates_zeros() const override { return true; }
   void release(void* memory, int64_t bytes) override;
   void upload(const Tensor& device, const void* host) override;
   void download(void* host, const Tensor& device) override;
