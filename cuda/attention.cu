@@ -8,106 +8,120 @@ namespace orpo {
 
 namespace {
 
-constexpr int threads = attention_threads;
+// A warp's rows, in blocks of 16, and keys at a time: what an output of 16 I x D and scores of 16 I x keys leave room
+// for in registers.
+template <int D> constexpr int row_blocks = D <= 128 ? 2 : 1;
+template <int D> constexpr int key_rows_of = D <= 64 ? 64 : 32;
+// Blocks of an SM for which registers have to suffice: 8 warps.
+template <int D> constexpr int blocks_of = D <= 128 ? 4 : 2;
 
-template <int D> constexpr int key_rows_of = D <= 128 ? 64 : 32;
+// Online softmax of a warp's 16 I queries.
+template <int key_rows, int I> struct Softmax {
+  float most[2 * I], sum[2 * I] = {};
 
-// Online softmax of a warp's 16 queries.
-template <int key_rows> struct Softmax {
-  float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-
-  // Scores -> exp(score - most), with what was summed so far rescaled by shrink where the maximum rises.
-  __device__ __forceinline__ void soften(Scores<key_rows>& s, float (&shrink)[2], int query, const Run& keys,
-                                         const Layout& at) {
-    const int column = threadIdx.x % 4 * 2;
-    float highest[2] = {most[0], most[1]}, added[2] = {0, 0};
-    each_score<key_rows>(s, [&](float& x, int h, int k) {
-      k += column;
-      x = k < keys.count && sees(query + h * 8, keys.position + k, at.window) ? x * at.scale : -INFINITY;
-      highest[h] = fmaxf(highest[h], x);
-    });
-    float base[2];
+  __device__ Softmax() {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      highest[h] = quad_max(highest[h]);
-      base[h] = highest[h] == -INFINITY ? 0.0f : highest[h];  // nothing seen yet: exp(-inf - 0) = 0
-      shrink[h] = fast_exp(most[h] - base[h]);
-      most[h] = highest[h];
+    for (float& m : most) m = -INFINITY;
+  }
+  // Scores -> exp(scale (score - most)), with what was summed so far rescaled by shrink where the maximum rises.
+  // to_base_2: scale / ln 2.
+  __device__ __forceinline__ void soften(Scores<key_rows, I>& s, float (&shrink)[2 * I], float to_base_2) {
+    float before[2 * I];
+#pragma unroll
+    for (int r = 0; r < 2 * I; ++r) before[r] = most[r];
+    each_score<key_rows, I>(s, [&](float& x, int r, int) { most[r] = fmaxf(most[r], x); });
+    float base[2 * I];
+#pragma unroll
+    for (int r = 0; r < 2 * I; ++r) {
+      most[r] = quad_max(most[r]);
+      base[r] = most[r] == -INFINITY ? 0.0f : most[r] * to_base_2;  // nothing seen yet: exp(-inf - 0) = 0
+      shrink[r] = fast_exp2(before[r] * to_base_2 - base[r]);
+      sum[r] *= shrink[r];
     }
-    each_score<key_rows>(s, [&](float& x, int h, int) {
-      x = fast_exp(x - base[h]);
-      added[h] += x;
+    each_score<key_rows, I>(s, [&](float& x, int r, int) {
+      x = fast_exp2(x * to_base_2 - base[r]);
+      sum[r] += x;
     });
-#pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] = sum[h] * shrink[h] + added[h];
   }
 };
 
-template <int D, bool aligned> __global__ void __launch_bounds__(threads)
+template <int D, bool aligned> __global__ void __launch_bounds__(threads_of<row_blocks<D>>, blocks_of<D>)
     attention_forward_kernel(bf16* out, float* lse, const bf16* qkv, TileList list, Layout at) {
-  constexpr int key_rows = key_rows_of<D>, pitch = pitch_of<D>;
+  constexpr int key_rows = key_rows_of<D>, pitch = pitch_of<D>, I = row_blocks<D>, threads = threads_of<I>;
   if (static_cast<int>(blockIdx.x) >= *list.count) return;  // the whole block
   DYN_SHARED(bf16, queries);
   bf16 *keys = queries + tile_rows * pitch, *values = keys + key_rows * pitch;
   const Tile tile = list.tiles[*list.count - 1 - blockIdx.x];  // the last ones see most, so they come first
-  const auto seen = keys_seen<key_rows>(tile, at.window);
-  const int head = blockIdx.y, lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
-  const auto load = [&](bf16* to, int64_t column, int t) {
-    const Run run = seen.tile(t);
-    load_tile<D, key_rows, aligned>(to, qkv + run.row * at.pitch() + column, run.count, at.head_dim, at.pitch());
+  using Seen = Walk<2, key_rows>;
+  SHARED(Seen, seen, [1]);  // registers are short here
+  if (threadIdx.x == 0) *seen = keys_seen<key_rows>(tile, at.window);
+  __syncthreads();
+  const int head = blockIdx.y, lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * I, last = seen->tiles();
+  const auto load = [&](bf16* to, int64_t column, const Run& run) {
+    load_tile<D, key_rows, threads, aligned>(to, qkv + run.row * at.pitch() + column, run.count, at.head_dim,
+                                             at.pitch());
   };
 
-  Output<D> o = {};
-  Softmax<key_rows> softmax;
-  load_tile<D, tile_rows, aligned>(queries, qkv + tile.row * at.pitch() + at.query(head), tile.count, at.head_dim,
-                                   at.pitch());
-  load(keys, at.key(head), 0);
-  for (int t = 0, last = seen.tiles(); t < last; ++t) {
-    load(values, at.value(head), t);
+  Output<D, I> o = {};
+  Softmax<key_rows, I> softmax;
+  load_tile<D, tile_rows, threads, aligned>(queries, qkv + tile.row * at.pitch() + at.query(head), tile.count,
+                                            at.head_dim, at.pitch());
+  Run run = seen->tile(0);
+  load(keys, at.key(head), run);
+  for (int t = 0; t < last; ++t) {
+    load(values, at.value(head), run);
     cp_async_wait<1>();  // this tile's keys
     __syncthreads();
-    Scores<key_rows> s = {};
-    multiply_rows<D, key_rows>(s, queries + row * pitch, keys);  // S = Q K^T
-    __syncthreads();                                             // nobody reads these keys any more
+    Scores<key_rows, I> s = {};
+    multiply_rows<D, key_rows, I>(s, queries + row * pitch, keys);  // S = Q K^T
+    __syncthreads();                                                // nobody reads these keys any more
+    Run next = run;
     if (t + 1 < last)
-      load(keys, at.key(head), t + 1);
+      load(keys, at.key(head), next = seen->tile(t + 1));
     else
       cp_async_commit();
-    float shrink[2];
-    softmax.soften(s, shrink, tile.position + row + lane / 4, seen.tile(t), at);
+    if (run.count < key_rows || !all_see(tile, run, at.window))
+      each_score<key_rows, I>(s, [&](float& x, int r, int k) {
+        const Columns visible = visible_keys(tile.position + row + lane / 4 + r * 8, run, at.window);
+        x = visible.hold(k + lane % 4 * 2) ? x : -INFINITY;
+      });
+    run = next;
+    float shrink[2 * I];
+    softmax.soften(s, shrink, at.scale * log2_e);
 #pragma unroll
-    for (int c = 0; c < D / columns_of<D>; ++c)
+    for (auto& columns : o)
 #pragma unroll
-      for (int j = 0; j < columns_of<D> / 8; ++j)
+      for (int r = 0; r < 2 * I; ++r)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) o[c][0][j][e] *= shrink[e / 2];
+        for (auto& x : columns[r / 2]) x[r % 2 * 2] *= shrink[r], x[r % 2 * 2 + 1] *= shrink[r];
     cp_async_wait<1>();  // this tile's values
     __syncthreads();
-    add_weighed<D, D, key_rows>(o, s, values);  // O += P V
-    __syncthreads();                            // nor these values
+    add_weighed<D, D, key_rows, I>(o, s, values);  // O += P V
+    __syncthreads();                               // nor these values
   }
   cp_async_wait<0>();
 
-  float factor[2];
+  float factor[2 * I];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float sum = quad_sum(softmax.sum[h]);
-    const int r = row + lane / 4 + h * 8;
-    factor[h] = 1 / sum;
-    if (lane % 4 == 0 && r < tile.count) lse[head * at.rows + tile.row + r] = softmax.most[h] + logf(sum);
+  for (int r = 0; r < 2 * I; ++r) {
+    const float sum = quad_sum(softmax.sum[r]);
+    const int query = row + lane / 4 + r * 8;
+    factor[r] = 1 / sum;
+    if (lane % 4 == 0 && query < tile.count)
+      lse[head * at.rows + tile.row + query] = softmax.most[r] * at.scale + logf(sum);
   }
-  store_output<D, aligned>(out + tile.row * at.out_pitch() + at.query(head), o, factor, row + lane / 4, tile.count,
-                           at.head_dim, at.out_pitch());
+  store_output<D, I, aligned>(out + tile.row * at.out_pitch() + at.query(head), o, factor, row + lane / 4, tile.count,
+                              at.head_dim, at.out_pitch());
 }
 
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(fp32_threads)
     attention_forward_fp32_kernel(float* out, float* lse, const float* qkv, TileList list, Layout at) {
   if (static_cast<int>(blockIdx.x) >= *list.count) return;
-  SHARED(float, probabilities, [threads / 32][32]);
+  SHARED(float, probabilities, [fp32_threads / 32][32]);
   const Tile tile = list.tiles[*list.count - 1 - blockIdx.x];
   const auto seen = keys_seen<32>(tile, at.window);
   const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int r = warp; r < tile.count; r += threads / 32) {
+  for (int r = warp; r < tile.count; r += fp32_threads / 32) {
     const float* query = qkv + (tile.row + r) * at.pitch() + at.query(head);
     float o[most_entries] = {}, most = -INFINITY, sum = 0;
     for (int t = 0; t < seen.tiles(); ++t) {
@@ -146,13 +160,13 @@ void CudaBackend::attention_forward(const Tensor& out, const Tensor& lse, const 
   const dim3 grid(static_cast<unsigned>(most), static_cast<unsigned>(shape.heads));
   with_head_size("attention_forward", shape.head_dim, [&](auto d) {
     if (qkv.dtype == DType::f32)
-      return launch(attention_forward_fp32_kernel, grid, threads, 0, compute_, out.as<float>(), lse.as<float>(),
+      return launch(attention_forward_fp32_kernel, grid, fp32_threads, 0, compute_, out.as<float>(), lse.as<float>(),
                     qkv.as<const float>(), list, at);
     const bool aligned = heads_aligned({&qkv, &out}, shape);
     constexpr size_t shared_rows = tile_rows + 2 * key_rows_of<d()>;
-    launch(aligned ? attention_forward_kernel<d(), true> : attention_forward_kernel<d(), false>, grid, threads,
-           shared_rows * pitch_of<d()> * sizeof(bf16), compute_, out.as<bf16>(), lse.as<float>(), qkv.as<const bf16>(),
-           list, at);
+    launch(aligned ? attention_forward_kernel<d(), true> : attention_forward_kernel<d(), false>, grid,
+           threads_of<row_blocks<d()>>, shared_rows * pitch_of<d()> * sizeof(bf16), compute_, out.as<bf16>(),
+           lse.as<float>(), qkv.as<const bf16>(), list, at);
   });
 }
 

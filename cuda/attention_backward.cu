@@ -15,23 +15,29 @@ namespace orpo {
 
 namespace {
 
-constexpr int threads = attention_threads;
-constexpr float log2_e = 1.44269504f;
-
 // Rows of the side that is met, at a time.
-template <int D> constexpr int step_of = D <= 64 ? 64 : D <= 128 ? 32 : 16;
+template <int D> constexpr int step_of = D <= 128 ? 32 : 16;
+// A warp's rows of the side that is owned, in blocks of 16: twice as many halve what is read from shared memory for
+// each product, where registers have room for their sums and, unaligned, for addresses.
+template <int D, bool aligned> constexpr int key_blocks = D <= 64 && aligned ? 2 : 1;
+template <int D> constexpr int query_blocks = D <= 96 ? 2 : 1;
 // Above 128 two warps share 16 keys, half a head each, so that their dK and dV have room in registers.
 template <int D> constexpr int splits_of = D <= 128 ? 1 : 2;
 template <int D> constexpr int owned_keys = tile_rows / splits_of<D>;
 template <int D> constexpr size_t shared_bytes(int owned) {
   return (2 * owned + 4 * step_of<D>)*pitch_of<D> * sizeof(bf16);
 }
+// Blocks of an SM for which registers have to suffice: 8 warps (up to 255 registers), or 12 (168).
+template <int D, bool aligned> constexpr int key_sharers = D <= 64 && aligned ? 4 : 2;
+template <int D> constexpr int query_sharers = D <= 96 ? 4 : D <= 128 ? 3 : 2;
+
+constexpr int delta_threads = 128;
 
 // delta[heads, rows] = dout . out; `lanes` lanes take a row's head, eight entries each.
-template <bool aligned, class T> __global__ void __launch_bounds__(threads)
+template <bool aligned, class T> __global__ void __launch_bounds__(delta_threads)
     delta_kernel(float* delta, const T* dout, const T* out, Layout at, int lanes) {
   constexpr int N = entries_a_lane;
-  const int64_t index = (int64_t{blockIdx.x} * threads + threadIdx.x) / lanes, row = index / at.heads;
+  const int64_t index = (int64_t{blockIdx.x} * delta_threads + threadIdx.x) / lanes, row = index / at.heads;
   const int head = static_cast<int>(index % at.heads), column = threadIdx.x % lanes * N;
   const int count = row < at.rows ? at.head_dim - column : 0;
   const int64_t from = row * at.out_pitch() + at.query(head) + column;
@@ -50,10 +56,12 @@ template <class T> struct Inputs {
 };
 
 // dK and dV of a tile of keys (x) of a key/value head (y); above 128, of half of it (z).
-template <int D, bool aligned> __global__ void __launch_bounds__(threads, 2)
+template <int D, bool aligned>
+__global__ void __launch_bounds__(threads_of<key_blocks<D, aligned>>, key_sharers<D, aligned>)
     attention_backward_keys_kernel(bf16* dqkv, Inputs<bf16> in, TileList list, Layout at) {
-  constexpr int step = step_of<D>, pitch = pitch_of<D>, splits = splits_of<D>, W = D / splits, owned = owned_keys<D>;
-  static_assert(2 * step <= threads && owned / 16 * splits == threads / 32);
+  constexpr int step = step_of<D>, pitch = pitch_of<D>, I = key_blocks<D, aligned>, threads = threads_of<I>;
+  constexpr int splits = splits_of<D>, W = D / splits, owned = owned_keys<D>;
+  static_assert(2 * step <= threads);
   if (static_cast<int>(blockIdx.x) >= *list.count) return;  // the whole block
   DYN_SHARED(bf16, keys);
   bf16 *values = keys + owned * pitch, *met = values + owned * pitch;  // [2] queries and their output's gradients
@@ -64,128 +72,130 @@ template <int D, bool aligned> __global__ void __launch_bounds__(threads, 2)
   if (tile.count <= 0) return;  // likewise
   if (tile.count > owned) tile.count = owned;
   using Seeing = Walk<3, step>;
-  SHARED(Seeing, shared_walk, [1]);  // registers are short here
-  if (threadIdx.x == 0) shared_walk[0] = queries_seeing<step>(tile, at.window);
+  SHARED(Seeing, seeing, [1]);  // registers are short here
+  if (threadIdx.x == 0) *seeing = queries_seeing<step>(tile, at.window);
   __syncthreads();
-  const Seeing& seeing = shared_walk[0];
-  const int kv_head = blockIdx.y, group = at.heads / at.kv_heads, per_head = seeing.tiles(), last = group * per_head;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / splits * 16, first = warp % splits * W;
+  const int kv_head = blockIdx.y, group = at.heads / at.kv_heads, per_head = seeing->tiles(), last = group * per_head;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / splits * 16 * I, first = warp % splits * W;
 
-  const auto head_of = [&](int t) { return kv_head * group + t / per_head; };
-  const auto load_queries = [&](int t) {
-    const Run run = seeing.tile(t % per_head);
-    bf16* to = met + t % 2 * 2 * step * pitch;
-    load_tile<D, step, aligned>(to, in.qkv + run.row * at.pitch() + at.query(head_of(t)), run.count, at.head_dim,
-                                at.pitch());
-    load_tile<D, step, aligned>(to + step * pitch, in.dout + run.row * at.out_pitch() + at.query(head_of(t)), run.count,
-                                at.head_dim, at.out_pitch());
+  const auto load_queries = [&](bf16* to, const Run& run, int head) {
+    load_tile<D, step, threads, aligned>(to, in.qkv + run.row * at.pitch() + at.query(head), run.count, at.head_dim,
+                                         at.pitch());
+    load_tile<D, step, threads, aligned>(to + step * pitch, in.dout + run.row * at.out_pitch() + at.query(head),
+                                         run.count, at.head_dim, at.out_pitch());
   };
   // A thread's share of statistics. Queries that do not exist have P = exp2(0 - infinity) = 0.
   const int query = threadIdx.x % step;
   const bool of_lse = static_cast<int>(threadIdx.x) < step, any = static_cast<int>(threadIdx.x) < 2 * step;
-  const auto load_statistic = [&](int t) {
-    const Run run = seeing.tile(t % per_head);
+  const auto load_statistic = [&](const Run& run, int head) {
     if (!any || query >= run.count) return of_lse ? INFINITY : 0.0f;
-    const int64_t from = head_of(t) * at.rows + run.row + query;
+    const int64_t from = head * at.rows + run.row + query;
     return of_lse ? in.lse[from] * log2_e : in.delta[from];
   };
 
-  load_tile<D, owned, aligned>(keys, in.qkv + tile.row * at.pitch() + at.key_of(kv_head), tile.count, at.head_dim,
-                               at.pitch());
-  load_tile<D, owned, aligned>(values, in.qkv + tile.row * at.pitch() + at.value_of(kv_head), tile.count, at.head_dim,
-                               at.pitch());
-  load_queries(0);
-  if (any) statistics[0][!of_lse][query] = load_statistic(0);
-  Output<W> dk = {}, dv = {};
+  const bf16* own = in.qkv + tile.row * at.pitch();
+  load_tile<D, owned, threads, aligned>(keys, own + at.key_of(kv_head), tile.count, at.head_dim, at.pitch());
+  load_tile<D, owned, threads, aligned>(values, own + at.value_of(kv_head), tile.count, at.head_dim, at.pitch());
+  Run run = seeing->tile(0);
+  load_queries(met, run, kv_head * group);
+  if (any) statistics[0][!of_lse][query] = load_statistic(run, kv_head * group);
+  Output<W, I> dk = {}, dv = {};
   for (int t = 0; t < last; ++t) {
     cp_async_wait<0>();
     __syncthreads();  // this tile is there, and nobody reads the one before any more
-    float next = 0;
-    if (t + 1 < last) load_queries(t + 1), next = load_statistic(t + 1);
+    float statistic = 0;
+    Run next = run;
+    if (t + 1 < last) {
+      const int head = kv_head * group + (t + 1) / per_head;
+      next = seeing->tile((t + 1) % per_head);
+      load_queries(met + (t + 1) % 2 * 2 * step * pitch, next, head);
+      statistic = load_statistic(next, head);
+    }
     const bf16 *q = met + t % 2 * 2 * step * pitch, *g = q + step * pitch;
     const float *lse = statistics[t % 2][0] + lane % 4 * 2, *delta = statistics[t % 2][1] + lane % 4 * 2;
-    const Run run = seeing.tile(t % per_head);
-    const int position = run.position + lane % 4 * 2, key = tile.position + row + lane / 4;
 
-    Scores<step> p = {}, ds = {};
-    multiply_rows<D, step>(p, keys + row * pitch, q);  // S^T = K Q^T
-    each_score<step>(p, [&](float& x, int, int c) { x = fast_exp2(x * (at.scale * log2_e) - lse[c]); });
+    Scores<step, I> p = {}, ds = {};
+    multiply_rows<D, step, I>(p, keys + row * pitch, q);  // S^T = K Q^T
+    each_score<step, I>(p, [&](float& x, int, int c) { x = fast_exp2(x * (at.scale * log2_e) - lse[c]); });
     if (!all_see(run, tile, at.window))
-      each_score<step>(p, [&](float& x, int h, int c) {
-        if (!sees(position + c, key + h * 8, at.window)) x = 0;
+      each_score<step, I>(p, [&](float& x, int r, int c) {
+        const Columns visible = seeing_queries(tile.position + row + lane / 4 + r * 8, run, at.window);
+        x = visible.hold(c + lane % 4 * 2) ? x : 0.0f;
       });
-    add_weighed<D, W, step>(dv, p, g + first);            // dV += P^T dO
-    multiply_rows<D, step>(ds, values + row * pitch, g);  // dP^T = V dO^T
-    each_score<step>(ds, p, [&](float& x, float probability, int, int c) { x = probability * (x - delta[c]); });
-    add_weighed<D, W, step>(dk, ds, q + first);  // dK += dS^T Q
-    if (any && t + 1 < last) statistics[(t + 1) % 2][!of_lse][query] = next;
+    add_weighed<D, W, step, I>(dv, p, g + first);            // dV += P^T dO
+    multiply_rows<D, step, I>(ds, values + row * pitch, g);  // dP^T = V dO^T
+    each_score<step, I>(ds, p, [&](float& x, float probability, int, int c) { x = probability * (x - delta[c]); });
+    add_weighed<D, W, step, I>(dk, ds, q + first);  // dK += dS^T Q
+    if (any && t + 1 < last) statistics[(t + 1) % 2][!of_lse][query] = statistic;
+    run = next;
   }
 
-  bf16* to = dqkv + tile.row * at.pitch() + first;
-  const auto store = [&](int64_t column, const Output<W>& o, float factor) {
-    store_output<W, aligned>(to + column, o, {factor, factor}, row + lane / 4, tile.count, at.head_dim - first,
-                             at.pitch());
+  const auto store = [&](int64_t column, const Output<W, I>& o, float factor) {
+    float factors[2 * I];
+#pragma unroll
+    for (float& f : factors) f = factor;
+    store_output<W, I, aligned>(dqkv + tile.row * at.pitch() + column + first, o, factors, row + lane / 4, tile.count,
+                                at.head_dim - first, at.pitch());
   };
   store(at.key_of(kv_head), dk, at.scale), store(at.value_of(kv_head), dv, 1);
 }
 
 // dQ of a tile of queries (x) of a head (y).
-template <int D, bool aligned> __global__ void __launch_bounds__(threads, D <= 128 ? 3 : 2)
+template <int D, bool aligned> __global__ void __launch_bounds__(threads_of<query_blocks<D>>, query_sharers<D>)
     attention_backward_queries_kernel(bf16* dqkv, Inputs<bf16> in, TileList list, Layout at) {
-  constexpr int step = step_of<D>, pitch = pitch_of<D>;
+  constexpr int step = step_of<D>, pitch = pitch_of<D>, I = query_blocks<D>, threads = threads_of<I>;
   if (static_cast<int>(blockIdx.x) >= *list.count) return;  // the whole block
   DYN_SHARED(bf16, queries);
   bf16 *gradients = queries + tile_rows * pitch, *met = gradients + tile_rows * pitch;  // [2] keys and values
   const Tile tile = list.tiles[*list.count - 1 - blockIdx.x];  // the last ones see most, so they come first
   using Seen = Walk<2, step>;
-  SHARED(Seen, shared_walk, [1]);  // registers are short here
-  if (threadIdx.x == 0) shared_walk[0] = keys_seen<step>(tile, at.window);
+  SHARED(Seen, seen, [1]);  // registers are short here
+  if (threadIdx.x == 0) *seen = keys_seen<step>(tile, at.window);
   __syncthreads();
-  const Seen& seen = shared_walk[0];
-  const int head = blockIdx.y, lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16, last = seen.tiles();
-  const auto load_keys = [&](int t) {
-    const Run run = seen.tile(t);
-    bf16* to = met + t % 2 * 2 * step * pitch;
+  const int head = blockIdx.y, lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * I, last = seen->tiles();
+  const auto load_keys = [&](bf16* to, const Run& run) {
     const bf16* from = in.qkv + run.row * at.pitch();
-    load_tile<D, step, aligned>(to, from + at.key(head), run.count, at.head_dim, at.pitch());
-    load_tile<D, step, aligned>(to + step * pitch, from + at.value(head), run.count, at.head_dim, at.pitch());
+    load_tile<D, step, threads, aligned>(to, from + at.key(head), run.count, at.head_dim, at.pitch());
+    load_tile<D, step, threads, aligned>(to + step * pitch, from + at.value(head), run.count, at.head_dim, at.pitch());
   };
 
-  load_tile<D, tile_rows, aligned>(queries, in.qkv + tile.row * at.pitch() + at.query(head), tile.count, at.head_dim,
-                                   at.pitch());
-  load_tile<D, tile_rows, aligned>(gradients, in.dout + tile.row * at.out_pitch() + at.query(head), tile.count,
-                                   at.head_dim, at.out_pitch());
-  load_keys(0);
-  float lse[2] = {}, delta[2] = {};
+  load_tile<D, tile_rows, threads, aligned>(queries, in.qkv + tile.row * at.pitch() + at.query(head), tile.count,
+                                            at.head_dim, at.pitch());
+  load_tile<D, tile_rows, threads, aligned>(gradients, in.dout + tile.row * at.out_pitch() + at.query(head), tile.count,
+                                            at.head_dim, at.out_pitch());
+  Run run = seen->tile(0);
+  load_keys(met, run);
+  float lse[2 * I] = {}, delta[2 * I] = {}, factor[2 * I];
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
-    if (const int r = row + lane / 4 + h * 8; r < tile.count) {
-      const int64_t from = head * at.rows + tile.row + r;
-      lse[h] = in.lse[from] * log2_e, delta[h] = in.delta[from];
-    }
-  Output<D> dq = {};
+  for (int r = 0; r < 2 * I; ++r) {
+    const int query = row + lane / 4 + r * 8;
+    const int64_t from = head * at.rows + tile.row + query;
+    if (query < tile.count) lse[r] = in.lse[from] * log2_e, delta[r] = in.delta[from];
+    factor[r] = at.scale;
+  }
+  Output<D, I> dq = {};
   for (int t = 0; t < last; ++t) {
     cp_async_wait<0>();
     __syncthreads();  // this tile is there, and nobody reads the one before any more
-    if (t + 1 < last) load_keys(t + 1);
+    Run next = run;
+    if (t + 1 < last) load_keys(met + (t + 1) % 2 * 2 * step * pitch, next = seen->tile(t + 1));
     const bf16 *k = met + t % 2 * 2 * step * pitch, *v = k + step * pitch;
-    const Run run = seen.tile(t);
-    const int query = tile.position + row + lane / 4, column = lane % 4 * 2;
 
-    Scores<step> p = {}, ds = {};
-    multiply_rows<D, step>(p, queries + row * pitch, k);  // S = Q K^T
-    each_score<step>(p, [&](float& x, int h, int) { x = fast_exp2(x * (at.scale * log2_e) - lse[h]); });
+    Scores<step, I> p = {}, ds = {};
+    multiply_rows<D, step, I>(p, queries + row * pitch, k);  // S = Q K^T
+    each_score<step, I>(p, [&](float& x, int r, int) { x = fast_exp2(x * (at.scale * log2_e) - lse[r]); });
     if (run.count < step || !all_see(tile, run, at.window))
-      each_score<step>(p, [&](float& x, int h, int c) {
-        c += column;
-        if (c >= run.count || !sees(query + h * 8, run.position + c, at.window)) x = 0;
+      each_score<step, I>(p, [&](float& x, int r, int c) {
+        const Columns visible = visible_keys(tile.position + row + lane / 4 + r * 8, run, at.window);
+        x = visible.hold(c + lane % 4 * 2) ? x : 0.0f;
       });
-    multiply_rows<D, step>(ds, gradients + row * pitch, v);  // dP = dO V^T
-    each_score<step>(ds, p, [&](float& x, float probability, int h, int) { x = probability * (x - delta[h]); });
-    add_weighed<D, D, step>(dq, ds, k);  // dQ += dS K
+    multiply_rows<D, step, I>(ds, gradients + row * pitch, v);  // dP = dO V^T
+    each_score<step, I>(ds, p, [&](float& x, float probability, int r, int) { x = probability * (x - delta[r]); });
+    add_weighed<D, D, step, I>(dq, ds, k);  // dQ += dS K
+    run = next;
   }
-  store_output<D, aligned>(dqkv + tile.row * at.pitch() + at.query(head), dq, {at.scale, at.scale}, row + lane / 4,
-                           tile.count, at.head_dim, at.pitch());
+  store_output<D, I, aligned>(dqkv + tile.row * at.pitch() + at.query(head), dq, factor, row + lane / 4, tile.count,
+                              at.head_dim, at.pitch());
 }
 
 // ---- fp32
@@ -200,14 +210,14 @@ __device__ __forceinline__ Pair pair_of(const float* query, const float* key, co
   return {p, p * (dot(gradient, value, at.head_dim) - delta) * at.scale};
 }
 
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(fp32_threads)
     attention_backward_keys_fp32_kernel(float* dqkv, Inputs<float> in, TileList list, Layout at) {
   if (static_cast<int>(blockIdx.x) >= *list.count) return;
-  SHARED(float, weights, [threads / 32][2][32]);  // P, scale dS
+  SHARED(float, weights, [fp32_threads / 32][2][32]);  // P, scale dS
   const Tile tile = list.tiles[blockIdx.x];
   const auto seeing = queries_seeing<32>(tile, at.window);
   const int kv_head = blockIdx.y, group = at.heads / at.kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int r = warp; r < tile.count; r += threads / 32) {
+  for (int r = warp; r < tile.count; r += fp32_threads / 32) {
     const int64_t row = (tile.row + r) * at.pitch();
     float dk[most_entries] = {}, dv[most_entries] = {};
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
@@ -233,14 +243,14 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(fp32_threads)
     attention_backward_queries_fp32_kernel(float* dqkv, Inputs<float> in, TileList list, Layout at) {
   if (static_cast<int>(blockIdx.x) >= *list.count) return;
-  SHARED(float, weights, [threads / 32][32]);  // scale dS
+  SHARED(float, weights, [fp32_threads / 32][32]);  // scale dS
   const Tile tile = list.tiles[*list.count - 1 - blockIdx.x];
   const auto seen = keys_seen<32>(tile, at.window);
   const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int r = warp; r < tile.count; r += threads / 32) {
+  for (int r = warp; r < tile.count; r += fp32_threads / 32) {
     const int64_t row = tile.row + r, statistic = head * at.rows + row;
     float dq[most_entries] = {};
     for (int t = 0; t < seen.tiles(); ++t) {
@@ -283,24 +293,28 @@ void CudaBackend::attention_backward(const Tensor& dqkv, const Tensor& dout, con
   const auto find_delta = [&](auto zero) {
     using T = decltype(zero);
     const int lanes = lanes_for(shape.head_dim);
-    launch(aligned ? delta_kernel<true, T> : delta_kernel<false, T>, blocks_for(shape.heads * rows, threads / lanes),
-           threads, 0, compute_, delta, dout.as<const T>(), out.as<const T>(), at, lanes);
+    launch(aligned ? delta_kernel<true, T> : delta_kernel<false, T>,
+           blocks_for(shape.heads * rows, delta_threads / lanes), delta_threads, 0, compute_, delta, dout.as<const T>(),
+           out.as<const T>(), at, lanes);
     return Inputs<T>{qkv.as<const T>(), dout.as<const T>(), lse.as<const float>(), delta};
   };
   with_head_size(op, shape.head_dim, [&](auto d) {
     constexpr int D = d();
     if (qkv.dtype == DType::f32) {
       const Inputs<float> in = find_delta(float{});
-      launch(attention_backward_keys_fp32_kernel, of_keys, threads, 0, compute_, dqkv.as<float>(), in, list, at);
-      launch(attention_backward_queries_fp32_kernel, of_queries, threads, 0, compute_, dqkv.as<float>(), in, list, at);
+      launch(attention_backward_keys_fp32_kernel, of_keys, fp32_threads, 0, compute_, dqkv.as<float>(), in, list, at);
+      launch(attention_backward_queries_fp32_kernel, of_queries, fp32_threads, 0, compute_, dqkv.as<float>(), in, list,
+             at);
       return;
     }
     const Inputs<bf16> in = find_delta(bf16{});
-    launch(aligned ? attention_backward_keys_kernel<D, true> : attention_backward_keys_kernel<D, false>,
-           dim3(of_keys.x, of_keys.y, splits_of<D>), threads, shared_bytes<D>(owned_keys<D>), compute_, dqkv.as<bf16>(),
-           in, list, at);
-    launch(aligned ? attention_backward_queries_kernel<D, true> : attention_backward_queries_kernel<D, false>,
-           of_queries, threads, shared_bytes<D>(tile_rows), compute_, dqkv.as<bf16>(), in, list, at);
+    with_constant(aligned, [&](auto aligned_rows) {
+      constexpr bool whole = aligned_rows();
+      launch(attention_backward_keys_kernel<D, whole>, dim3(of_keys.x, of_keys.y, splits_of<D>),
+             threads_of<key_blocks<D, whole>>, shared_bytes<D>(owned_keys<D>), compute_, dqkv.as<bf16>(), in, list, at);
+      launch(attention_backward_queries_kernel<D, whole>, of_queries, threads_of<query_blocks<D>>,
+             shared_bytes<D>(tile_rows), compute_, dqkv.as<bf16>(), in, list, at);
+    });
   });
 }
 

@@ -38,8 +38,8 @@ struct Result {
   Values out, keys, values;
 };
 
-// What a step of decoding asks for: keep the rows' keys and values, then attend. shift: how many entries past an aligned
-// address the tensors begin.
+// What a step of decoding asks for: keep the rows' keys and values, then attend. shift: how many entries past an
+// aligned address the tensors begin.
 Result run(Backend& backend, DType dtype, const Problem& p, int64_t shift = 0) {
   const int64_t heads = p.shape.kv_heads, size = p.shape.head_dim;
   ShiftedTensor qkv(backend, dtype, {p.rows(), p.width()}, p.qkv, shift),

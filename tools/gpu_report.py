@@ -75,14 +75,14 @@ def resources(kernels):
             complaints.append(f"{name}: not in the table of tools/gpu/kernels.py (threads, shared memory, costs)")
             continue
         kernel = KERNELS[base]
-        dynamic = kernel.shared(args, JOBS[0])
+        dynamic, threads = kernel.shared(args, JOBS[0]), kernel.threads_of(args)
         columns = []
         for machine in MACHINES:
             if machine.arch not in found:
                 complaints.append(f"{name}: not compiled for {machine.arch}")
                 continue
             registers, spilled, static = found[machine.arch]
-            blocks, warps = machine.occupancy(kernel.threads, registers, static + dynamic)
+            blocks, warps = machine.occupancy(threads, registers, static + dynamic)
             columns.append((registers, spilled, static, blocks, warps))
             if spilled:
                 complaints.append(f"{name}: spills {spilled} bytes of registers on {machine.arch}")
@@ -90,7 +90,7 @@ def resources(kernels):
                 complaints.append(f"{name}: no block fits an SM of {machine.arch}")
         if len(columns) == len(MACHINES):
             pair = lambda i: " ".join(str(c[i]) for c in columns)
-            print(f"  {name:52} {kernel.threads:7} {pair(0):>10} {pair(1):>8} {f'{columns[0][2]} + {dynamic}':>15} "
+            print(f"  {name:52} {threads:7} {pair(0):>10} {pair(1):>8} {f'{columns[0][2]} + {dynamic}':>15} "
                   f"{pair(3):>8} {pair(4):>8}")
     unused = sorted(set(KERNELS) - {split(name)[0] for name in kernels})
     complaints += [f"{name}: in the table of tools/gpu/kernels.py, in no log" for name in unused]

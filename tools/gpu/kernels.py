@@ -2,8 +2,9 @@
 one table that `make gpu-report` takes them from. A kernel that is not in it fails the report; so does an operation of a
 training step that no kernel launches and ELSEWHERE does not name.
 
-Kernel: threads; shared(args, job): dynamic bytes; works(args, job): (what, Call of costs.py, blocks) of each launch of
-that instance in a training step in bf16 with aligned rows, or none. args: the template's arguments as text."""
+Kernel: threads, or threads(args); shared(args, job): dynamic bytes; works(args, job): (what, Call of costs.py, blocks)
+of each launch of that instance in a training step in bf16 with aligned rows, or none. args: the template's arguments as
+text."""
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import Callable
@@ -16,9 +17,12 @@ ELSEWHERE = {"zero": "the runtime's memset"}
 
 @dataclass(frozen=True)
 class Kernel:
-    threads: int
+    threads: int | Callable
     works: Callable
     shared: Callable = lambda args, job: 0
+
+    def threads_of(self, args):
+        return self.threads(args) if callable(self.threads) else self.threads
 
 
 def operation(name, args, blocks):
@@ -93,7 +97,7 @@ def padded_head(job):
 
 
 def key_rows(head):
-    return 64 if head <= 128 else 32
+    return 64 if head <= 64 else 32
 
 
 def query_tiles(job):
@@ -111,7 +115,12 @@ def list_tiles(job):
 
 
 def backward_step(head):
-    return 64 if head <= 64 else 32 if head <= 128 else 16
+    return 32 if head <= 128 else 16
+
+
+def warps_of(two_blocks):
+    """threads of 64 rows, 16 a warp; 32 a warp where two_blocks(head, aligned)"""
+    return lambda args: 64 if two_blocks(int(args[0]), args[1] == "true") else 128
 
 
 def attention_backward_shared(owned):
@@ -191,17 +200,21 @@ KERNELS = {
     "activation_backward_kernel": Kernel(256, operation("activation_backward", bf16_activation, eights)),
     # attention.cu, tiles.cuh
     "list_tiles_kernel": Kernel(32, part("attention: its tiles", list_tiles)),
-    "attention_forward_kernel": Kernel(128, operation("attention_forward", lambda j: [str(padded_head(j)), "true"],
-                                                      lambda j: query_tiles(j) * j.model.heads), attention_shared),
+    "attention_forward_kernel": Kernel(
+        warps_of(lambda head, aligned: head <= 128),
+        operation("attention_forward", lambda j: [str(padded_head(j)), "true"],
+                  lambda j: query_tiles(j) * j.model.heads), attention_shared),
     "attention_forward_fp32_kernel": Kernel(128, never),
     # attention_backward.cu
     "delta_kernel": Kernel(128, delta),
     "attention_backward_keys_kernel": Kernel(
-        128, attention_backward("attention_backward", 4, lambda m: 2 * m.kv_heads,
-                                lambda m: m.kv_heads * (2 if m.head_dim > 128 else 1)),
+        warps_of(lambda head, aligned: head <= 64 and aligned),
+        attention_backward("attention_backward", 4, lambda m: 2 * m.kv_heads,
+                           lambda m: m.kv_heads * (2 if m.head_dim > 128 else 1)),
         attention_backward_shared(lambda head: 64 if head <= 128 else 32)),
     "attention_backward_queries_kernel": Kernel(
-        128, attention_backward("attention_backward: dQ", 3, lambda m: m.heads, lambda m: m.heads),
+        warps_of(lambda head, aligned: head <= 96),
+        attention_backward("attention_backward: dQ", 3, lambda m: m.heads, lambda m: m.heads),
         attention_backward_shared(lambda head: 64)),
     "attention_backward_keys_fp32_kernel": Kernel(128, never),
     "attention_backward_queries_fp32_kernel": Kernel(128, never),
