@@ -33,20 +33,22 @@ template <int D> constexpr int query_sharers = D <= 96 ? 4 : D <= 128 ? 3 : 2;
 
 constexpr int delta_threads = 128;
 
-// delta[heads, rows] = dout . out; `lanes` lanes take a row's head, eight entries each.
+// delta[heads, rows] = dout . out, a block a row; `lanes` lanes take a head, eight entries each.
 template <bool aligned, class T> __global__ void __launch_bounds__(delta_threads)
-    delta_kernel(float* delta, const T* dout, const T* out, Layout at, int lanes) {
+    delta_kernel(float* delta, const T* dout, const T* out, int64_t rows, int heads, int head_dim, int lanes) {
   constexpr int N = entries_a_lane;
-  const int64_t index = (int64_t{blockIdx.x} * delta_threads + threadIdx.x) / lanes, row = index / at.heads;
-  const int head = static_cast<int>(index % at.heads), column = threadIdx.x % lanes * N;
-  const int count = row < at.rows ? at.head_dim - column : 0;
-  const int64_t from = row * at.out_pitch() + at.query(head) + column;
-  float g[N], o[N], sum = 0;
-  load<aligned>(g, dout + from, count), load<aligned>(o, out + from, count);
+  const int64_t row = blockIdx.x;
+  const int own = threadIdx.x / lanes, column = threadIdx.x % lanes * N;
+  for (int head = own; head - own < heads; head += delta_threads / lanes) {  // as often for every thread
+    const int64_t from = (row * heads + head) * head_dim + column;
+    const int count = head < heads ? head_dim - column : 0;
+    float g[N], o[N], sum = 0;
+    load<aligned>(g, dout + from, count), load<aligned>(o, out + from, count);
 #pragma unroll
-  for (int e = 0; e < N; ++e) sum += g[e] * o[e];
-  sum = lanes_sum(sum, lanes);
-  if (column == 0 && row < at.rows) delta[head * at.rows + row] = sum;
+    for (int e = 0; e < N; ++e) sum = fmaf(g[e], o[e], sum);  // said, so that no compiler chooses
+    sum = lanes_sum(sum, lanes);
+    if (column == 0 && head < heads) delta[head * rows + row] = sum;
+  }
 }
 
 // What the kernels read besides the list: qkv and dout; lse and delta[heads, rows].
@@ -292,10 +294,9 @@ void CudaBackend::attention_backward(const Tensor& dqkv, const Tensor& dout, con
       of_queries(static_cast<unsigned>(most), static_cast<unsigned>(shape.heads));
   const auto find_delta = [&](auto zero) {
     using T = decltype(zero);
-    const int lanes = lanes_for(shape.head_dim);
-    launch(aligned ? delta_kernel<true, T> : delta_kernel<false, T>,
-           blocks_for(shape.heads * rows, delta_threads / lanes), delta_threads, 0, compute_, delta, dout.as<const T>(),
-           out.as<const T>(), at, lanes);
+    launch(aligned ? delta_kernel<true, T> : delta_kernel<false, T>, static_cast<unsigned>(rows), delta_threads, 0,
+           compute_, delta, dout.as<const T>(), out.as<const T>(), rows, shape.heads, shape.head_dim,
+           lanes_for(shape.head_dim));
     return Inputs<T>{qkv.as<const T>(), dout.as<const T>(), lse.as<const float>(), delta};
   };
   with_head_size(op, shape.head_dim, [&](auto d) {

@@ -109,7 +109,7 @@ template <int H, bool aligned, class T> __global__ void __launch_bounds__(thread
     for (int h = 0; h < H; ++h) {
       float x = 0;
 #pragma unroll
-      for (int e = 0; e < N; ++e) x += q[h][e] * k[e];
+      for (int e = 0; e < N; ++e) x = fmaf(q[h][e], k[e], x);  // said, so that no compiler chooses
       x = lanes_sum(x, lanes);
       if (column == 0 && j < count) scores[h][j] = x * at.scale;
     }
@@ -138,7 +138,7 @@ template <int H, bool aligned, class T> __global__ void __launch_bounds__(thread
 #pragma unroll
     for (int h = 0; h < H; ++h)
 #pragma unroll
-      for (int e = 0; e < N; ++e) o[h][e] += scores[h][j] * v[e];
+      for (int e = 0; e < N; ++e) o[h][e] = fmaf(scores[h][j], v[e], o[h][e]);
   }
 #pragma unroll
   for (int h = 0; h < H; ++h) store<true>(sums + ((own * H + h) * lanes * N + column), o[h], N);

@@ -37,11 +37,13 @@ KERNELS = [
     ("activation", "activation_forward_kernel<false, 1, float>", 2, 0, "*out *gate_up 3 1000 125"),
     ("activation", "activation_backward_kernel<true, 0, orpo::bf16>", 2, 0, "*gate_up *dout *dout *gate_up 3 1000 125"),
     ("activation", "activation_backward_kernel<false, 2, float>", 2, 0, "*gate_up *dout *dout *gate_up 5 397 100"),
+    ("attention_backward", "delta_kernel<true, orpo::bf16>", 2, 0, "*delta *dout *out 2 20 64 8"),
+    ("attention_backward", "delta_kernel<false, float>", 2, 0, "*delta *dout *out 2 9 100 16"),
     ("memory", "convert_kernel<true, orpo::bf16, float>", 2, 0, "*out *in 1027"),
     ("adamw", "squares_kernel<true, float>", 2, 0, "*partials *x 20000"),
     ("adamw", "total_kernel", 1, 0, "*total *partials 600"),
 ]
-BLOCK = {"norm": 256, "linear": 256, "activation": 256, "memory": 256, "adamw": 256}
+BLOCK = {"norm": 256, "linear": 256, "activation": 256, "attention_backward": 128, "memory": 256, "adamw": 256}
 
 
 def rewrite(ptx):

@@ -6,7 +6,7 @@ Kernel: threads, or threads(args); shared(args, job): dynamic bytes; works(args,
 of each launch of that instance in a training step in bf16 with aligned rows, or none. args: the template's arguments as
 text."""
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil
 from typing import Callable
 
 from .costs import Call, attention_flops, calls
@@ -145,8 +145,7 @@ def attention_backward(what, products, heads, tiles):
 def delta(args, job):
     m, n = job.model, job.batch.rows * job.model.heads
     call = Call(m.layers, 4 * n * m.head_dim + 4 * n, 2 * n * m.head_dim)
-    lanes = 2 ** ceil(log2(m.head_dim / 8))
-    return [("attention_backward: delta", call, ceil(n * lanes / 128))] if args == ["true", "bf16"] else []
+    return [("attention_backward: delta", call, job.batch.rows)] if args == ["true", "bf16"] else []
 
 
 def norm_backward_shared(args, job):
