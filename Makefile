@@ -30,7 +30,14 @@ sources  := $(filter-out $(mains),$(wildcard src/*.cpp src/cpu/*.cpp tokenizer/*
 objects  := $(sources:%.cpp=$(OUT)/%.o)
 emulated := $(patsubst %,$(OUT)/%.o,$(basename $(wildcard cuda/*.cu cuda/emulator/*.cpp)))
 tests    := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/*.cpp))
+tested   := $(objects)
 fuzzers  := $(patsubst tests/fuzz/%.cpp,build/fuzz/%,$(wildcard tests/fuzz/*.cpp))
+# ThreadSanitizer does not see how OpenMP's threads wait for each other: its tests are those of the emulator and of the
+# rooms on it.
+ifeq ($(BUILD),thread)
+tests    := $(patsubst %.cpp,$(OUT)/%.o,tests/main.cpp $(wildcard tests/emulat*.cpp) $(rooms:%=tests/%.cpp))
+tested   := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard src/cpu/*.cpp))
+endif
 binaries := $(programs:%=$(if $(filter build/release,$(OUT)),,$(OUT)/)orpo_%)
 
 # Every package the build needs, and the header or program that shows it is there.
@@ -86,7 +93,7 @@ $(binaries):
 $(OUT)/orpo_bench: $(objects) $(benches:%.cpp=$(OUT)/%.o)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
-$(OUT)/orpo_tests: $(objects) $(emulated) $(tests)
+$(OUT)/orpo_tests: $(tested) $(emulated) $(tests)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
 # Tests are compiled more often than they run.

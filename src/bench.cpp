@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "src/bench/comparisons.h"
+#include "src/bench/operations.h"
 #include "src/bench/steps.h"
 #include "src/console.h"
 #include "src/demonstration.h"
@@ -63,16 +64,34 @@ void measure_demonstration(Bench& bench, Json& list) {
                                  {"--data", rows, "--batch-pairs", "16", "--max-steps", steps}));
 }
 
+// --only operations: each alone, on any device.
+int bench_operations(const Options& options) {
+  const std::unique_ptr<Backend> backend = make_cpu_backend(options.threads);
+  Json list = Json::array();
+  for (const DType dtype : dtypes(options)) {
+    list.push_back(measure_operations(*backend, dtype, operation_shape(options.shape), options.quick ? 0 : 0.2));
+    std::printf("%s", operations_text(list.back()).c_str());
+  }
+  if (!options.json.empty())
+    write_file_atomically(options.json, Json{{"device", backend->name()}, {"operations", list}}.dump(1) + "\n");
+  return exit_finished;
+}
+
 int run_bench(const Options& options) {
-  static const std::vector<std::string> parts = {"models", "layouts", "lengths", "threads", "checkpoint", "decoding"};
+  static const std::vector<std::string> parts = {"models",     "layouts",  "lengths",   "threads",
+                                                 "checkpoint", "decoding", "operations"};
   for (const std::string& part : options.only)
     if (std::find(parts.begin(), parts.end(), part) == parts.end())
-      fail("--only: '", part, "' is not one of models, layouts, lengths, threads, checkpoint, decoding");
+      fail("--only: '", part, "' is not one of models, layouts, lengths, threads, checkpoint, decoding, operations");
   const auto wanted = [&](const char* part) {
     return options.only.empty() || std::find(options.only.begin(), options.only.end(), part) != options.only.end();
   };
 
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a page is read while it grows
+  if (!options.only.empty() && wanted("operations")) {
+    if (options.only.size() > 1) fail("--only operations stands alone: it takes no model");
+    return bench_operations(options);
+  }
   const Workplace work;
   const std::unique_ptr<Backend> backend = make_cpu_backend(options.threads);
   Machine machine = measure_machine(*backend, options.threads, options.quick);

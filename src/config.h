@@ -76,6 +76,7 @@ struct Options {
   bool quick = false;
   std::vector<std::string> only;  // parts of the page; empty: all
   std::string json;               // file; empty: none
+  std::string shape = "mistral-7b";  // of --only operations
 
   std::set<std::string> given;  // names set by the command line or --config, not by default
 };

@@ -258,9 +258,10 @@ std::vector<Option> build_table() {
   add(data, text("write", "FILE", &O::write), "the rows, tokenised").asks();
   add(data, integer("show", &O::show, 0), "pairs printed token by token").asks();
   add(bench, text("json", "FILE", &O::json), "the page's figures").asks();
-  add(bench, list("only", "PART...", &O::only), "models, layouts, lengths, threads, checkpoint, decoding")
-      .shown_as("all of them")
+  add(bench, list("only", "PART...", &O::only), "models, layouts, lengths, threads, checkpoint, decoding; operations")
+      .shown_as("all of them but operations")
       .asks();
+  add(bench, text("shape", "mistral-7b|phi-2|gpt2|tiny", &O::shape), "whose operations --only operations times").asks();
   add(bench, flag("quick", &O::quick), "the demonstration's model alone, few steps: shows that it works").asks();
   return table;
 }

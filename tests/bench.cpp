@@ -1,4 +1,6 @@
 // The benchmark's page in its quick form: what it says is complete and adds up. No speed is asserted.
+#include <set>
+
 #include "tests/check.h"
 #include "tests/programs.h"
 
@@ -63,8 +65,33 @@ TEST_CASE("orpo_bench refuses what it does not know") {
   const Outcome part = run("orpo_bench", {"--only", "layouts", "speed"}, folder.path());
   CHECK(part.status == 2);
   CHECK(part.last_error_line() ==
-        "orpo_bench: error: --only: 'speed' is not one of models, layouts, lengths, threads, checkpoint, decoding");
+        "orpo_bench: error: --only: 'speed' is not one of models, layouts, lengths, threads, checkpoint, decoding, "
+        "operations");
   CHECK(run("orpo_bench", {"--data", "rows.jsonl"}, folder.path()).status == 2);
+}
+
+TEST_CASE("orpo_bench --only operations: each operation of a step once, in both dtypes") {
+  const TemporaryFolder folder;
+  const fs::path file = folder.path() / "operations.json";
+  const Outcome outcome =
+      run("orpo_bench", {"--only", "operations", "--shape", "tiny", "--quick", "--json", file}, folder.path());
+  REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
+  const Json page = parse_json(text_of(file), "operations.json");
+  REQUIRE(page.at("operations").size() == 2);
+  for (const Json& measured : page.at("operations")) {
+    std::set<std::string> names;
+    for (const Json& operation : measured.at("operations")) {
+      CHECK(operation.at("seconds").get<double>() > 0);
+      names.insert(operation.at("name").get<std::string>());
+    }
+    CHECK(names.size() == measured.at("operations").size());
+    for (const char* operation : {"embedding", "norm", "rope", "attention", "activation", "head"})
+      for (const char* pass : {"_forward", "_backward"}) CHECK(names.count(std::string(operation) + pass) == 1);
+    for (const char* operation : {"gather", "scatter_add", "preference", "zero", "sums_of_squares", "adamw",
+                                  "down, forward", "down, input's gradient", "down, weight's gradient"})
+      CHECK(names.count(operation) == 1);
+  }
+  CHECK(run("orpo_bench", {"--only", "operations", "--shape", "huge"}, folder.path()).status == 2);
 }
 
 }  // namespace

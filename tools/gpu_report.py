@@ -66,7 +66,7 @@ def split(name):
 def resources(kernels):
     """Prints the first table; returns complaints."""
     complaints = []
-    print("Each kernel on sm_80 (A100) and sm_90a (H100). shared: static + dynamic bytes of a block, for Mistral-7B where")
+    print("Each kernel on sm_80 (A100) and sm_90a (H100). shared: static + dynamic bytes of a block, Mistral-7B's where")
     print("they depend on the model; blocks and warps: what an SM holds, of 64 warps at most.")
     print(f"  {'kernel':52} {'threads':>7} {'registers':>10} {'spilled':>8} {'shared':>15} {'blocks':>8} {'warps':>8}")
     for name, found in sorted(kernels.items()):

@@ -39,11 +39,10 @@ KERNELS = [
     ("activation", "activation_backward_kernel<false, 2, float>", 2, 0, "*gate_up *dout *dout *gate_up 5 397 100"),
     ("attention_backward", "delta_kernel<true, orpo::bf16>", 2, 0, "*delta *dout *out 2 20 64 8"),
     ("attention_backward", "delta_kernel<false, float>", 2, 0, "*delta *dout *out 2 9 100 16"),
-    ("memory", "convert_kernel<true, orpo::bf16, float>", 2, 0, "*out *in 1027"),
     ("adamw", "squares_kernel<true, float>", 2, 0, "*partials *x 20000"),
     ("adamw", "total_kernel", 1, 0, "*total *partials 600"),
 ]
-BLOCK = {"norm": 256, "linear": 256, "activation": 256, "attention_backward": 128, "memory": 256, "adamw": 256}
+BLOCK = {"norm": 256, "linear": 256, "activation": 256, "attention_backward": 128, "adamw": 256}
 
 
 def rewrite(ptx):
@@ -131,7 +130,10 @@ def main():
             open(path, "w").write(ptx)
             for _, name, grid, shared, parameters in (k for k in wanted if k[0] == file):
                 start = time.time()
-                said = verdict(analyse(path, file, name, grid, shared, parameters, folder), ptx)
+                try:
+                    said = verdict(analyse(path, file, name, grid, shared, parameters, folder), ptx)
+                except LookupError as error:  # the list above is older than the kernel
+                    said = f"UNDECIDED: {error}"
                 print(f"{name:48} {said} ({time.time() - start:.1f} s)", flush=True)
                 proven += said == "race free"
     print(f"{proven} passed, {len(wanted) - proven} failed")

@@ -24,7 +24,7 @@ def percent(x):
 
 
 def published():
-    print("\nPublished runs, tokens/s of 8 GPUs. alike: C++ and CUDA, fused as ours. The others are PyTorch, which moves\n"
+    print("\nPublished runs, tokens/s of 8 GPUs. alike: C++ and CUDA, fused as ours. The others: PyTorch, which moves\n"
           "more bytes than counted and gathers weights layer by layer (FSDP): the model, being ours, is above them.")
     print(f"  {'run':24} {'GPU':5} {'published':>10} {'predicted':>10} {'error':>7}   {'range':21} alike")
     for run in RUNS:

@@ -70,7 +70,7 @@ def products(job):
         yield Product(name + ", input's gradient", m.layers, rows, k, n)
         yield Product(name + ", weight's gradient", m.layers, n, k, rows, accumulate(n, k))
     forward, backward, chunk = job.head_chunks()
-    yield Product("logits", forward, chunk, m.vocab, m.width, (job.logit_bytes - 2) * chunk * m.vocab)
+    yield Product("logits, forward", forward, chunk, m.vocab, m.width, (job.logit_bytes - 2) * chunk * m.vocab)
     yield Product("logits, input's gradient", backward, chunk, m.width, m.vocab)
     yield Product("logits, weight's gradient", backward, m.vocab, m.width, chunk, accumulate(m.vocab, m.width))
 
