@@ -1,23 +1,66 @@
-// The optimiser: gradient norm and AdamW, one pass each.
+// The optimiser: gradient norm and AdamW, each one pass over memory in a few launches, however many tensors there are.
 #include "cuda/gpu.cuh"
 
 namespace orpo {
 
 namespace {
 
-constexpr int threads = 256, master_entries = 4;  // that a thread updates
-constexpr int64_t block_entries = 1 << 14;        // that a block sums: the grouping depends on the size alone
+constexpr int threads = 256;
+
+// Tensors that one launch takes, each as blocks of entries. It is a kernel's parameter, so that a list costs no copy to
+// the device: 4 KiB at most, as far as parameters go everywhere.
+template <class Entry, int most> struct Run {
+  int32_t count = 0;
+  uint32_t first[most + 1] = {};  // block of each tensor; of the one after the last: all
+  Entry entries[most];
+
+  void add(const Entry& entry, int64_t block_entries) {
+    entries[count] = entry;
+    first[count + 1] = blocks_for(first[count] + (entry.elements + block_entries - 1) / block_entries);
+    ++count;
+  }
+  unsigned blocks() const { return first[count]; }
+  __device__ int tensor_of(uint32_t block) const {  // the last that begins at the block or before it
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first[middle] <= block ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+// body(begin, end) for the list in runs of at most `most` tensors of one dtype.
+template <class List, class DTypeOf, class Body>
+void for_runs(const List& list, size_t most, DTypeOf dtype_of, Body body) {
+  for (size_t begin = 0, end; begin < list.size(); begin = end) {
+    end = begin + 1;
+    while (end < list.size() && end - begin < most && dtype_of(list[end]) == dtype_of(list[begin])) ++end;
+    body(begin, end);
+  }
+}
+
+constexpr int64_t squares_entries = 1 << 14;  // that a block sums: the grouping depends on the size alone
+constexpr int most_gradients = 192;
+
+template <class T> struct Gradient {
+  const T* x;
+  int64_t elements;
+};
+template <class T> using Gradients = Run<Gradient<T>, most_gradients>;
 
 // partials[block] = sum of squares of its entries, in double.
 template <bool aligned, class T> __global__ void __launch_bounds__(threads)
-    squares_kernel(double* partials, const T* x, int64_t count) {
+    squares_kernel(double* partials, const __grid_constant__ Gradients<T> run) {
   constexpr int N = wide<T>;
-  const int64_t begin = int64_t{blockIdx.x} * block_entries;
+  const int t = run.tensor_of(blockIdx.x);
+  const int64_t begin = (int64_t{blockIdx.x} - run.first[t]) * squares_entries;
+  const T* x = run.entries[t].x + begin;
+  const int64_t count = run.entries[t].elements - begin;
   double sum = 0;
-  for (int64_t i = threadIdx.x * N; i < block_entries; i += threads * N) {
-    if (begin + i >= count) break;
+  for (int64_t i = threadIdx.x * N; i < squares_entries && i < count; i += threads * N) {
     float v[N];
-    load<aligned>(v, x + begin + i, count - begin - i);
+    load<aligned>(v, x + i, count - i);
 #pragma unroll
     for (int e = 0; e < N; ++e) sum += static_cast<double>(v[e]) * static_cast<double>(v[e]);
   }
@@ -25,12 +68,14 @@ template <bool aligned, class T> __global__ void __launch_bounds__(threads)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// total[0] = sum of partials; one block.
-__global__ void __launch_bounds__(threads) total_kernel(double* total, const double* partials, int64_t count) {
+// sums[t] = sum of the partials of tensor t; a block a tensor.
+template <class T> __global__ void __launch_bounds__(threads)
+    total_kernel(double* sums, const double* partials, const __grid_constant__ Gradients<T> run) {
+  const int64_t t = blockIdx.x, end = run.first[t + 1];
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += threads) sum += partials[i];
+  for (int64_t i = run.first[t] + threadIdx.x; i < end; i += threads) sum += partials[i];
   sum = block_sum<threads>(sum);
-  if (threadIdx.x == 0) total[0] = sum;
+  if (threadIdx.x == 0) sums[t] = sum;
 }
 
 // The settings as each entry needs them.
@@ -51,6 +96,20 @@ Step step_of(const AdamW& s, bool decays) {
           f(1 / std::sqrt(1 - std::pow(s.beta2, step))),
           f(s.gradient_scale)};
 }
+
+constexpr int master_entries = 4;           // that a thread updates at a time
+constexpr int64_t update_entries = 1 << 12;  // that a block updates
+constexpr int most_updates = 64;
+
+template <class T> struct Update {
+  T* weight;
+  int16_t* correction;
+  float *first, *second;
+  const float* gradient;
+  int64_t elements;
+  bool decays;
+};
+template <class T> using Updates = Run<Update<T>, most_updates>;
 
 // N masters from entry i on: weights of fp32, or bf16 weights with their corrections (src/master.h). Of the last ones
 // `left` are there.
@@ -84,60 +143,72 @@ __device__ __forceinline__ void store_masters(bf16* weight, int16_t* correction,
 }
 
 template <bool aligned, class T> __global__ void __launch_bounds__(threads)
-    adamw_kernel(T* weight, int16_t* correction, float* first, float* second, const float* gradient, int64_t count,
-                 Step s) {
+    adamw_kernel(const __grid_constant__ Updates<T> run, const Step decaying, const Step other) {
   constexpr int N = master_entries;
-  const int64_t i = (int64_t{blockIdx.x} * threads + threadIdx.x) * N, left = count - i;
-  if (left <= 0) return;
-  float w[N], m[N], v[N], g[N];
-  load_masters<aligned>(w, weight, correction, i, left);
-  load<aligned>(m, first + i, left), load<aligned>(v, second + i, left), load<aligned>(g, gradient + i, left);
+  const int t = run.tensor_of(blockIdx.x);
+  const Update<T>& p = run.entries[t];
+  const Step& s = p.decays ? decaying : other;
+  const int64_t begin = (int64_t{blockIdx.x} - run.first[t]) * update_entries;
+  for (int64_t i = begin + threadIdx.x * N; i < begin + update_entries && i < p.elements; i += threads * N) {
+    const int64_t left = p.elements - i;
+    float w[N], m[N], v[N], g[N];
+    load_masters<aligned>(w, p.weight, p.correction, i, left);
+    load<aligned>(m, p.first + i, left), load<aligned>(v, p.second + i, left), load<aligned>(g, p.gradient + i, left);
 #pragma unroll
-  for (int e = 0; e < N; ++e) {
-    const float scaled = g[e] * s.gradient_scale;
-    m[e] = m[e] * s.beta1 + scaled * s.one_minus_beta1;
-    v[e] = v[e] * s.beta2 + scaled * scaled * s.one_minus_beta2;
-    w[e] = w[e] * s.keep - m[e] * s.rate / (sqrtf(v[e]) * s.second_correction + s.epsilon);
+    for (int e = 0; e < N; ++e) {
+      const float scaled = g[e] * s.gradient_scale;
+      m[e] = m[e] * s.beta1 + scaled * s.one_minus_beta1;
+      v[e] = v[e] * s.beta2 + scaled * scaled * s.one_minus_beta2;
+      w[e] = w[e] * s.keep - m[e] * s.rate / (sqrtf(v[e]) * s.second_correction + s.epsilon);
+    }
+    store<aligned>(p.first + i, m, left), store<aligned>(p.second + i, v, left);
+    store_masters<aligned>(p.weight, p.correction, w, i, left);
   }
-  store<aligned>(first + i, m, left), store<aligned>(second + i, v, left);
-  store_masters<aligned>(weight, correction, w, i, left);
 }
 
 }  // namespace
 
 void CudaBackend::sums_of_squares(const Tensor& sums, std::span<const Tensor> gradients) {
   shapes::sums_of_squares(sums, gradients);
-  int64_t most_blocks = 0;
-  for (const Tensor& g : gradients)
-    most_blocks = std::max<int64_t>(most_blocks, blocks_for(g.elements(), block_entries));
-  double* partials = scratch<double>(most_blocks);
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    const Tensor& g = gradients[i];
-    const int64_t blocks = blocks_for(g.elements(), block_entries);
-    with_gpu_dtype("sums_of_squares", g.dtype, [&](auto zero) {
+  int64_t blocks = 0;
+  for (const Tensor& g : gradients) blocks += blocks_for(g.elements(), squares_entries);
+  double* partials = scratch<double>(blocks);
+  for_runs(gradients, most_gradients, [](const Tensor& g) { return g.dtype; }, [&](size_t begin, size_t end) {
+    with_gpu_dtype("sums_of_squares", gradients[begin].dtype, [&](auto zero) {
       using T = decltype(zero);
-      if (blocks > 0)
-        launch(starts_aligned({&g}) ? squares_kernel<true, T> : squares_kernel<false, T>, static_cast<unsigned>(blocks),
-               threads, 0, compute_, partials, g.as<const T>(), g.elements());
+      Gradients<T> run;
+      bool aligned = true;
+      for (const Tensor& g : gradients.subspan(begin, end - begin)) {
+        run.add({g.as<const T>(), g.elements()}, squares_entries);
+        aligned = aligned && starts_aligned({&g});
+      }
+      if (run.blocks() > 0)
+        launch(aligned ? squares_kernel<true, T> : squares_kernel<false, T>, run.blocks(), threads, 0, compute_,
+               partials, run);
+      launch(total_kernel<T>, blocks_for(run.count), threads, 0, compute_, sums.as<double>() + begin, partials, run);
     });
-    launch(total_kernel, 1, threads, 0, compute_, sums.as<double>() + i, partials, blocks);
-  }
+  });
 }
 
 void CudaBackend::adamw(std::span<const AdamWTensors> list, const AdamW& settings) {
   shapes::adamw(list, settings);
-  for (const AdamWTensors& p : list) {
-    const int64_t count = p.weight.elements();
-    if (count == 0) continue;
-    with_gpu_dtype("adamw", p.weight.dtype, [&](auto zero) {
+  const Step decaying = step_of(settings, true), other = step_of(settings, false);
+  for_runs(list, most_updates, [](const AdamWTensors& p) { return p.weight.dtype; }, [&](size_t begin, size_t end) {
+    with_gpu_dtype("adamw", list[begin].weight.dtype, [&](auto zero) {
       using T = decltype(zero);
-      const bool aligned = starts_aligned({&p.weight, &p.first, &p.second, &p.gradient});
-      launch(aligned ? adamw_kernel<true, T> : adamw_kernel<false, T>, blocks_for(count, threads * master_entries),
-             threads, 0, compute_, p.weight.as<T>(), p.correction ? p.correction.as<int16_t>() : nullptr,
-             p.first.as<float>(), p.second.as<float>(), p.gradient.as<const float>(), count,
-             step_of(settings, p.decays));
+      Updates<T> run;
+      bool aligned = true;
+      for (const AdamWTensors& p : list.subspan(begin, end - begin)) {
+        run.add({p.weight.as<T>(), p.correction ? p.correction.as<int16_t>() : nullptr, p.first.as<float>(),
+                 p.second.as<float>(), p.gradient.as<const float>(), p.weight.elements(), p.decays},
+                update_entries);
+        aligned = aligned && starts_aligned({&p.weight, &p.first, &p.second, &p.gradient});
+      }
+      if (run.blocks() > 0)
+        launch(aligned ? adamw_kernel<true, T> : adamw_kernel<false, T>, run.blocks(), threads, 0, compute_, run,
+               decaying, other);
     });
-  }
+  });
 }
 
 }  // namespace orpo

@@ -8,10 +8,8 @@ void CudaBackend::embedding_forward(const Tensor& out, const Tensor& weight, con
                                     const Tensor& position_weight, const Tensor& positions) {
   shapes::embedding("embedding_forward", out, weight, position_weight, out.dtype, tokens, positions);
   with_gpu_dtype("embedding_forward", out.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (weight) copy_rows<T>(compute_, out, weight, tokens, refused_, Refused::embedding_forward);
-    if (position_weight)
-      add_to_rows<T>(compute_, out, position_weight, positions, refused_, Refused::embedding_forward_position);
+    copy_rows<decltype(zero)>(compute_, out, weight, tokens, Refused::embedding_forward, position_weight, positions,
+                              Refused::embedding_forward_position, refused_);
   });
 }
 
@@ -22,11 +20,11 @@ void CudaBackend::embedding_backward(const Tensor& dweight, const Tensor& dposit
                     positions);
   with_gpu_dtype("embedding_backward", dout.dtype, [&](auto zero) {
     using T = decltype(zero);
-    int32_t* chains = scratch<int32_t>(2 * dout.rows());
+    int32_t* sorted = scratch<int32_t>(2 * dout.rows());
     if (dweight)
-      add_rows<float, T>(compute_, dweight, dout, tokens, padding, chains, refused_, Refused::embedding_backward);
+      add_rows<float, T>(compute_, dweight, dout, tokens, padding, sorted, refused_, Refused::embedding_backward);
     if (dposition_weight)
-      add_rows<float, T>(compute_, dposition_weight, dout, positions, -1, chains, refused_,
+      add_rows<float, T>(compute_, dposition_weight, dout, positions, -1, sorted, refused_,
                          Refused::embedding_backward_position);
   });
 }

@@ -3,7 +3,8 @@
 //
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...)      never <<<>>>
 //   SHARED(T, name, [dims]), DYN_SHARED(T, name)                         never __shared__
-//   __syncthreads __syncwarp __shfl*_sync __ballot_sync __any_sync __all_sync, atomicAdd atomicCAS
+//   __syncthreads __syncwarp __shfl*_sync __ballot_sync __any_sync __all_sync __match_any_sync,
+//   atomicAdd atomicCAS
 //   warp_sum warp_max quad_sum quad_max                                  all 32 lanes; the 4 lanes of an mma row
 //   mma_m16n8k16 mma_tile ldmatrix_x4 ldmatrix_x4_trans                  bf16 tensor cores, fp32 sums
 //   cp_async_16 cp_async_commit cp_async_wait<groups left>               global -> shared memory

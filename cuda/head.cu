@@ -7,7 +7,7 @@ namespace orpo {
 void CudaBackend::gather(const Tensor& out, const Tensor& in, const Tensor& target_rows) {
   shapes::row_list("gather", out, in, target_rows);
   with_gpu_dtype("gather", out.dtype, [&](auto zero) {
-    copy_rows<decltype(zero)>(compute_, out, in, target_rows, refused_, Refused::gather);
+    copy_rows<decltype(zero)>(compute_, out, in, target_rows, Refused::gather, {}, {}, Refused::nothing, refused_);
   });
 }
 
@@ -70,7 +70,7 @@ void CudaBackend::head_forward(const Tensor& logp, const Tensor& lse, const Tens
   shapes::head_forward("head_forward", logp, lse, logits, target_tokens);
   if (logits.rows() == 0) return;
   launch(four_at_once(logits) ? log_probability_kernel<true> : log_probability_kernel<false>,
-         static_cast<unsigned>(logits.rows()), threads, 0, compute_, logp.as<float>(), lse.as<float>(),
+         blocks_for(logits.rows()), threads, 0, compute_, logp.as<float>(), lse.as<float>(),
          logits.as<const float>(), logits.pitch(), logits.columns(), target_tokens.as<const int32_t>(), refused_);
 }
 
@@ -114,7 +114,7 @@ void CudaBackend::preference(const Tensor& results, const Tensor& coefficient, c
   shapes::preference(results, coefficient, logp, pair_targets);
   static_assert(sizeof(PairTargets) == 4 * sizeof(int32_t));
   if (pair_targets.rows() == 0) return;
-  launch(preference_kernel, static_cast<unsigned>(pair_targets.rows()), 32, 0, compute_,
+  launch(preference_kernel, blocks_for(pair_targets.rows()), 32, 0, compute_,
          reinterpret_cast<PairResult*>(results.as<double>()), coefficient.as<float>(), logp.as<const float>(),
          reinterpret_cast<const PairTargets*>(pair_targets.as<const int32_t>()), logp.elements(),
          preference_weights(objective, lambda, normalisers, nll_includes_prompt), refused_);
@@ -157,7 +157,7 @@ void CudaBackend::head_backward(const Tensor& dlogits, const Tensor& logits, con
     using T = decltype(zero);
     const bool fours = four_at_once(logits) && four_at_once(dlogits);
     launch(fours ? softmax_gradient_kernel<true, T> : softmax_gradient_kernel<false, T>,
-           static_cast<unsigned>(logits.rows()), threads, 0, compute_, dlogits.as<T>(), dlogits.pitch(),
+           blocks_for(logits.rows()), threads, 0, compute_, dlogits.as<T>(), dlogits.pitch(),
            logits.as<const float>(), logits.pitch(), logits.columns(), lse.as<const float>(), logp.as<const float>(),
            coefficient.as<const float>(), target_tokens.as<const int32_t>(), refused_);
   });

@@ -93,8 +93,8 @@ __device__ __forceinline__ void store(T* p, const float (&v)[N], int64_t count) 
     if (i < count) p[i] = from_float<T>(v[i]);
 }
 
-// values[i] over a block of `threads`, the same in every thread, in a fixed order: over_warp in each warp, then over the
-// warps' results. All threads call it. neutral: what changes no result.
+// Each values[i] over a block of `threads`, the same in every thread, in a fixed order: over_warp in each warp, then
+// over the warps' results. All threads call it. neutral: what changes no result.
 template <int threads, int n, class T, class OverWarp>
 __device__ __forceinline__ void block_reduce(T (&values)[n], T neutral, OverWarp over_warp) {
   static_assert(threads % 32 == 0 && threads <= 1024);
@@ -129,8 +129,11 @@ __device__ __forceinline__ void refuse(Refused* refused, Refused::Kind kind, con
   if (atomicCAS(&refused->kind, Refused::nothing, kind) == Refused::nothing) refused->numbers = numbers;
 }
 
-inline unsigned blocks_for(int64_t count, int64_t per_block) {
-  return static_cast<unsigned>((count + per_block - 1) / per_block);
+// Blocks of a grid's first dimension, or of one shorter than 65536.
+inline unsigned blocks_for(int64_t count, int64_t per_block = 1) {
+  const int64_t blocks = (count + per_block - 1) / per_block;
+  if (blocks > 0x7fffffff) fail_machine("launch: ", blocks, " blocks, and a grid has less than 2^31");
+  return static_cast<unsigned>(blocks);
 }
 
 }  // namespace orpo

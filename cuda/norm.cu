@@ -81,7 +81,7 @@ void CudaBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tenso
     using T = decltype(zero);
     with_constant(rows_aligned({&out, &sum, &residual, &branch, &weight, &bias}), [&](auto aligned) {
       with_constant(static_cast<bool>(mean), [&](auto layer) {
-        launch(norm_forward_kernel<aligned(), layer(), T>, static_cast<unsigned>(out.rows()), threads, 0, compute_,
+        launch(norm_forward_kernel<aligned(), layer(), T>, blocks_for(out.rows()), threads, 0, compute_,
                out.as<T>(), sum.as<T>(), mean ? mean.as<float>() : nullptr, rstd.as<float>(), residual.as<const T>(),
                branch ? branch.as<const T>() : nullptr, weight.as<const T>(), bias ? bias.as<const T>() : nullptr,
                out.columns(), static_cast<float>(epsilon));
@@ -93,8 +93,8 @@ void CudaBackend::norm_forward(const Tensor& out, const Tensor& sum, const Tenso
 namespace {
 
 // A block takes rows blockIdx.x, + gridDim.x, ... and adds their dweight, and dbias where there is one, up in
-// columns[1 or 2, pitch]: column i belongs to one thread throughout. With x^ = (sum - mean) * rstd and g = dout * weight:
-//   dsum += rstd * (g - mean(g) - x^ * mean(g * x^)),   dweight += dout * x^,   dbias += dout,   out as in the forward pass
+// columns[1 or 2, pitch]: column i belongs to one thread throughout. With x^ = (sum - mean) * rstd, g = dout * weight:
+//   dsum += rstd * (g - mean(g) - x^ * mean(g * x^)),   dweight += dout * x^,   dbias += dout,   out as before
 // Without a mean, which is an RMS norm, mean(g) drops out too. out may be absent, or dout itself: a thread has read
 // dout's columns before it writes out's. pitch: the width, rounded up to `wide` entries.
 template <bool aligned, bool layer, class T> __global__ void __launch_bounds__(threads)

@@ -49,7 +49,7 @@ void rotate(const char* op, GpuStream stream, const Tensor& qkv, const Tensor& p
   with_gpu_dtype(op, qkv.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool aligned = rows_aligned({&qkv}) && shape.head_dim % wide<T> == 0 && half % wide<T> == 0;
-    launch(aligned ? rotate_kernel<true, T> : rotate_kernel<false, T>, static_cast<unsigned>(qkv.rows()), threads,
+    launch(aligned ? rotate_kernel<true, T> : rotate_kernel<false, T>, blocks_for(qkv.rows()), threads,
            2 * half * sizeof(float), stream, qkv.as<T>(), positions.as<const int32_t>(), shape, qkv.columns(),
            direction, refused, kind);
   });

@@ -135,8 +135,8 @@ struct Backend {
                             double epsilon) = 0;
   // dsum[rows, width] T += gradient through the norm (the residual's gradient, which already holds what comes past the
   // norm);  dweight[width] A +=;  dbias[width] A += (absent where bias is).  dout[rows, width] T. What was normalised
-  // is made again from sum, mean and rstd: out[rows, width] T = what norm_forward wrote, bit for bit (may be absent; may
-  // be dout itself: in place).
+  // is made again from sum, mean and rstd: out[rows, width] T = what norm_forward wrote, bit for bit (may be absent,
+  // or dout itself: in place).
   virtual void norm_backward(const Tensor& dsum, const Tensor& dweight, const Tensor& dbias, const Tensor& out,
                              const Tensor& dout, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                              const Tensor& weight, const Tensor& bias) = 0;

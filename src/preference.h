@@ -1,5 +1,5 @@
-// From a pair's log-probabilities to a coefficient a target: where the preference enters the backward pass. Scalars, for
-// host and device; objective.h says what the preference is.
+// From a pair's log-probabilities to a coefficient a target: where the preference enters the backward pass. Scalars,
+// for host and device; objective.h says what the preference is.
 //
 //   coefficient = -dL/dlogp of a target
 //     prompt target      1 / N_nll                                          (--nll-scope full, else 0)

@@ -127,36 +127,49 @@ TEST_CASE("adamw: refuses tensors of different sizes and a step before the first
   });
 }
 
+namespace {
+
+// Tensors of these sizes updated and summed together as each alone.
+void check_list(Backend& backend, DType dtype, const std::vector<int64_t>& sizes) {
+  const DType sums = accumulation_dtype(dtype);
+  std::vector<DeviceTensor> memory;
+  std::vector<AdamWTensors> alone, listed;
+  std::vector<Tensor> gradients;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const int64_t n = sizes[i];
+    const auto tensor = [&](DType type, const Values& values) -> const Tensor& {
+      return *memory.emplace_back(backend, type, std::initializer_list<int64_t>{n}, values);
+    };
+    const Values w = rounded(random_values(n, 3 + i), dtype), g = rounded(random_values(n, 400 + i), sums), zero(n);
+    gradients.push_back(tensor(sums, g));
+    for (auto* list : {&alone, &listed})
+      list->push_back({tensor(dtype, w), dtype == sums ? Tensor() : tensor(DType::i16, zero), tensor(sums, zero),
+                       tensor(sums, zero), gradients.back(), n % 2 == 1});
+  }
+  const orpo::AdamW settings{1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0.37};
+  backend.adamw(listed, settings);
+  const Values squares = sums_of_squares(backend, gradients);
+  const auto bytes = [&](const Tensor& t) {
+    std::string text(static_cast<size_t>(t.bytes()), ' ');
+    backend.download(text.data(), t);
+    return text;
+  };
+  for (size_t i = 0; i < alone.size(); ++i) {
+    backend.adamw({&alone[i], 1}, settings);
+    CHECK(bytes(alone[i].weight) == bytes(listed[i].weight));
+    CHECK(bytes(alone[i].correction) == bytes(listed[i].correction));
+    CHECK(bytes(alone[i].second) == bytes(listed[i].second));
+    CHECK(squares[i] == sum_of_squares(backend, gradients[i]));
+  }
+}
+
+}  // namespace
+
 TEST_CASE("adamw: tensors of a list, tiny and empty ones among them, are updated and summed as alone") {
   each_device([](Backend& backend, DType dtype) {
-    const DType sums = accumulation_dtype(dtype);
-    std::vector<DeviceTensor> memory;
-    std::vector<AdamWTensors> alone, listed;
-    std::vector<Tensor> gradients;
-    for (const int64_t n : {int64_t{0}, int64_t{5}, int64_t{1} << 14, int64_t{0}, (int64_t{1} << 15) + 3, int64_t{1}}) {
-      const auto tensor = [&](DType type, const Values& values) -> const Tensor& {
-        return *memory.emplace_back(backend, type, std::initializer_list<int64_t>{n}, values);
-      };
-      const Values w = rounded(random_values(n, 3), dtype), g = rounded(random_values(n, 4), sums), zero(n);
-      gradients.push_back(tensor(sums, g));
-      for (auto* list : {&alone, &listed})
-        list->push_back({tensor(dtype, w), dtype == sums ? Tensor() : tensor(DType::i16, zero), tensor(sums, zero),
-                         tensor(sums, zero), gradients.back(), n % 2 == 1});
-    }
-    const orpo::AdamW settings{1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0.37};
-    backend.adamw(listed, settings);
-    const Values squares = sums_of_squares(backend, gradients);
-    const auto bytes = [&](const Tensor& t) {
-      std::string text(static_cast<size_t>(t.bytes()), ' ');
-      backend.download(text.data(), t);
-      return text;
-    };
-    for (size_t i = 0; i < alone.size(); ++i) {
-      backend.adamw({&alone[i], 1}, settings);
-      CHECK(bytes(alone[i].weight) == bytes(listed[i].weight));
-      CHECK(bytes(alone[i].correction) == bytes(listed[i].correction));
-      CHECK(bytes(alone[i].second) == bytes(listed[i].second));
-      CHECK(squares[i] == sum_of_squares(backend, gradients[i]));
-    }
+    check_list(backend, dtype, {0, 5, 1 << 14, 0, (1 << 15) + 3, 1});
+    std::vector<int64_t> many(200);  // more than a launch takes
+    for (size_t i = 0; i < many.size(); ++i) many[i] = static_cast<int64_t>(i % 5);
+    check_list(backend, dtype, many);
   });
 }

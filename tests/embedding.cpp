@@ -68,6 +68,29 @@ TEST_CASE("embedding: without a table of tokens positions are added to what is t
   });
 }
 
+// A GPU sorts the rows by token: more rows than it takes at a time, tokens that differ in any of their three bytes.
+TEST_CASE("embedding: thousands of rows, tokens of several bytes") {
+  constexpr int64_t many = 2500, tall = 70000, narrow = 3;
+  const Values some = {0, 1, 255, 256, 257, 4095, 65535, 65536, 65537, 66000, 69999};
+  Values ids = random_values(many, 3, 0, 2);
+  for (double& id : ids) id = id < 1 ? some[static_cast<size_t>(id * 11)] : std::floor((id - 1) * tall);
+  each_device([&](Backend& backend, DType dtype) {
+    const DType sums = accumulation_dtype(dtype);
+    const Values dout = rounded(random_values(many * narrow, 2), dtype),
+                 before = rounded(random_values(tall * narrow, 4), sums);
+    DeviceTensor dweight(backend, sums, {tall, narrow}, before), gradient(backend, dtype, {many, narrow}, dout),
+        token(backend, DType::i32, {many}, ids);
+    backend.embedding_backward(dweight, {}, gradient, token, {}, padding);
+    Values added = before;
+    for (int64_t r = 0; r < many; ++r)
+      for (int64_t i = 0; i < narrow && int64_t(ids[r]) != padding; ++i) {
+        double& to = added[static_cast<size_t>(int64_t(ids[r]) * narrow + i)];
+        to = rounded(to + dout[r * narrow + i], sums);
+      }
+    CHECK(dweight.values() == added);
+  });
+}
+
 TEST_CASE("embedding: learned positions are added, and get the gradient of the rows at them") {
   constexpr int64_t most = 11;
   each_device([](Backend& backend, DType dtype) {

@@ -6,8 +6,8 @@ PTX that nvcc makes. No GPU. `make race-proof` runs all of them.
 
 A proof holds for one launch (grid, block, scalars), every schedule and any contents of the tensors. So that races
 between blocks and between rounds of a loop show, every launch has two blocks and two rounds at least. Not decided:
-kernels where a tensor's contents decide a branch or an address (rows by index, the head's target). Not checked: bounds,
-unwritten memory, values.
+kernels where the contents of a tensor or of a list decide a branch or an address (rows by index, the head's target, the
+optimiser's tensors). Not checked: bounds, unwritten memory, values.
 
 Exit status 0: all free of races; 1: a race, or a kernel of the list that could not be decided."""
 import json
@@ -39,10 +39,8 @@ KERNELS = [
     ("activation", "activation_backward_kernel<false, 2, float>", 2, 0, "*gate_up *dout *dout *gate_up 5 397 100"),
     ("attention_backward", "delta_kernel<true, orpo::bf16>", 2, 0, "*delta *dout *out 2 20 64 8"),
     ("attention_backward", "delta_kernel<false, float>", 2, 0, "*delta *dout *out 2 9 100 16"),
-    ("adamw", "squares_kernel<true, float>", 2, 0, "*partials *x 20000"),
-    ("adamw", "total_kernel", 1, 0, "*total *partials 600"),
 ]
-BLOCK = {"norm": 256, "linear": 256, "activation": 256, "attention_backward": 128, "adamw": 256}
+BLOCK = {"norm": 256, "linear": 256, "activation": 256, "attention_backward": 128}
 
 
 def rewrite(ptx):

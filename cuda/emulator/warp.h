@@ -76,6 +76,19 @@ inline uint32_t __ballot_sync(uint32_t mask, bool vote, EMULATOR_WHERE) {
 }
 inline bool __any_sync(uint32_t mask, bool vote, EMULATOR_WHERE) { return __ballot_sync(mask, vote, where) != 0; }
 inline bool __all_sync(uint32_t mask, bool vote, EMULATOR_WHERE) { return __ballot_sync(mask, vote, where) == mask; }
+// Which lanes passed the same value.
+inline uint32_t __match_any_sync(uint32_t mask, unsigned value, EMULATOR_WHERE) {
+  uint32_t result;
+  orpo::emulator::meet(mask, "__match_any_sync", where, &value, &result, [](const orpo::emulator::Collective& meeting) {
+    const auto given = [&](int i) { return *static_cast<const unsigned*>(meeting.in[i]); };
+    each_arrived(meeting, [&](int i) {
+      uint32_t same = 0;
+      each_arrived(meeting, [&](int j) { same |= uint32_t{given(j) == given(i)} << j; });
+      *static_cast<uint32_t*>(meeting.out[i]) = same;
+    });
+  });
+  return result;
+}
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 

@@ -1,7 +1,7 @@
 """What a training step does, operation by operation (src/model.cpp, src/head.cpp): FLOPs, and bytes that must cross
 the GPU's memory, each tensor once for each time an operation reads or writes it. bf16 weights and activations, fp32
 gradients, moments and logits."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from .shapes import Batch, Model
@@ -17,6 +17,12 @@ class Call:
     flops: float = 0
     tensor_flops: float = 0
     per_step: bool = False
+
+
+def in_runs(most, all_tensors):
+    """A call's launches where one takes `most` tensors; all_tensors: their number, and bytes and flops of all together."""
+    runs = -(-all_tensors.count // most)
+    return replace(all_tensors, count=runs, bytes=all_tensors.bytes / runs, flops=all_tensors.flops / runs)
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,8 @@ def calls(job):
         "rope_backward": Call(m.layers if m.rotary_dim else 0, 4 * rotated, 3 * rotated),
         "embedding_backward": Call(1, rows * row + 2 * 4 * rows * m.width),
         "zero": Call(tensors, job.gradient_bytes * weights / tensors, per_step=True),
-        "sums_of_squares": Call(tensors, job.gradient_bytes * own / tensors, 2 * own / tensors, per_step=True),
+        # launches of as many tensors as a kernel's parameters hold (adamw.cu)
+        "sums_of_squares": in_runs(192, Call(tensors, job.gradient_bytes * own, 2 * own, per_step=True)),
         # weight, correction and both moments read and written, the gradient read
-        "adamw": Call(tensors, (2 * (2 + 2 + 4 + 4) + job.gradient_bytes) * own / tensors, 15 * own / tensors,
-                      per_step=True),
+        "adamw": in_runs(64, Call(tensors, (2 * (2 + 2 + 4 + 4) + job.gradient_bytes) * own, 15 * own, per_step=True)),
     }

@@ -56,13 +56,26 @@ def chunk(job):
     return job.head_chunks()[2]
 
 
-def per_tensor(job):
-    return sum(job.model.parameters()) / len(job.model.parameters()) / job.gpus
+def parameters(job):
+    return sum(job.model.parameters()) / job.gpus
 
 
-def chain_rows(job):
-    n = rows(job)  # the embedding's; the head's chunks chain theirs too, an eighth of the rows each
-    return Call(1, 12 * n, n * n), ceil(n / 4)
+def sort_rows(job):
+    n = rows(job)  # the embedding's; the head's chunks sort theirs too, an eighth of the rows each
+    passes = ceil(job.model.vocab.bit_length() / 8)
+    return Call(1, 20 * n * passes), 1
+
+
+def totals(args, job):
+    """sums_of_squares' second launch: of fp32's gradients alone"""
+    n = runs(192)(job)
+    call = Call(n, 8 * parameters(job) / n / (1 << 14), per_step=True)
+    return [("sums_of_squares: a tensor's", call, 192)] if args == ["float"] else []
+
+
+def runs(most):
+    """launches that take the model's tensors, `most` each (adamw.cu)"""
+    return lambda job: ceil(len(job.model.parameters()) / most)
 
 
 def norm_sums(job):
@@ -175,7 +188,7 @@ KERNELS = {
     # rows.cuh
     "copy_rows_kernel": Kernel(128, several(operation("embedding_forward", bf16_embedding, rows),
                                             operation("gather", ["true", "false", "bf16"], chunk))),
-    "chain_rows_kernel": Kernel(128, part("embedding_backward: rows of a token", chain_rows)),
+    "sort_rows_kernel": Kernel(1024, part("embedding_backward: rows of a token", sort_rows)),
     "add_rows_kernel": Kernel(128, several(
         operation("embedding_backward", ["true", "float", "bf16"], lambda j: rows(j) * ceil(j.model.width / 1024)),
         operation("scatter_add", ["true", "bf16", "bf16"], lambda j: chunk(j) * ceil(j.model.width / 1024)))),
@@ -227,8 +240,8 @@ KERNELS = {
     "softmax_gradient_kernel": Kernel(256, operation("head_backward", ["true", "bf16"], chunk)),
     # adamw.cu
     "squares_kernel": Kernel(256, operation("sums_of_squares", ["true", "float"],
-                                            lambda j: ceil(per_tensor(j) / (1 << 14)))),
-    "total_kernel": Kernel(256, part("sums_of_squares: a tensor's", lambda j: (
-        Call(len(j.model.parameters()), 8 * per_tensor(j) / (1 << 14), per_step=True), 1))),
-    "adamw_kernel": Kernel(256, operation("adamw", ["true", "bf16"], lambda j: ceil(per_tensor(j) / 1024))),
+                                            lambda j: ceil(parameters(j) / runs(192)(j) / (1 << 14)))),
+    "total_kernel": Kernel(256, totals),
+    "adamw_kernel": Kernel(256, operation("adamw", ["true", "bf16"],
+                                          lambda j: ceil(parameters(j) / runs(64)(j) / (1 << 12)))),
 }
