@@ -24,6 +24,8 @@ template <int D> constexpr int query_blocks = D <= 96 ? 2 : 1;
 // Above 128 two warps share 16 keys, half a head each, so that their dK and dV have room in registers.
 template <int D> constexpr int splits_of = D <= 128 ? 1 : 2;
 template <int D> constexpr int owned_keys = tile_rows / splits_of<D>;
+// Two owned tiles and twice two met: 68 KiB at 128; 99 KiB where 256 owns queries, all that a block of sm_86 and sm_89
+// may have.
 template <int D> constexpr size_t shared_bytes(int owned) {
   return (2 * owned + 4 * step_of<D>)*pitch_of<D> * sizeof(bf16);
 }
@@ -150,11 +152,8 @@ template <int D, bool aligned> __global__ void __launch_bounds__(threads_of<quer
   DYN_SHARED(bf16, queries);
   bf16 *gradients = queries + tile_rows * pitch, *met = gradients + tile_rows * pitch;  // [2] keys and values
   const Tile tile = list.tiles[*list.count - 1 - blockIdx.x];  // the last ones see most, so they come first
-  using Seen = Walk<2, step>;
-  SHARED(Seen, seen, [1]);  // registers are short here
-  if (threadIdx.x == 0) *seen = keys_seen<step>(tile, at.window);
-  __syncthreads();
-  const int head = blockIdx.y, lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * I, last = seen->tiles();
+  const auto seen = keys_seen<step>(tile, at.window);
+  const int head = blockIdx.y, lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * I, last = seen.tiles();
   const auto load_keys = [&](bf16* to, const Run& run) {
     const bf16* from = in.qkv + run.row * at.pitch();
     load_tile<D, step, threads, aligned>(to, from + at.key(head), run.count, at.head_dim, at.pitch());
@@ -165,7 +164,7 @@ template <int D, bool aligned> __global__ void __launch_bounds__(threads_of<quer
                                             at.head_dim, at.pitch());
   load_tile<D, tile_rows, threads, aligned>(gradients, in.dout + tile.row * at.out_pitch() + at.query(head), tile.count,
                                             at.head_dim, at.out_pitch());
-  Run run = seen->tile(0);
+  Run run = seen.tile(0);
   load_keys(met, run);
   float lse[2 * I] = {}, delta[2 * I] = {}, factor[2 * I];
 #pragma unroll
@@ -180,7 +179,7 @@ template <int D, bool aligned> __global__ void __launch_bounds__(threads_of<quer
     cp_async_wait<0>();
     __syncthreads();  // this tile is there, and nobody reads the one before any more
     Run next = run;
-    if (t + 1 < last) load_keys(met + (t + 1) % 2 * 2 * step * pitch, next = seen->tile(t + 1));
+    if (t + 1 < last) load_keys(met + (t + 1) % 2 * 2 * step * pitch, next = seen.tile(t + 1));
     const bf16 *k = met + t % 2 * 2 * step * pitch, *v = k + step * pitch;
 
     Scores<step, I> p = {}, ds = {};
