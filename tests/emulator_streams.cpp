@@ -16,7 +16,7 @@ namespace {
 __global__ void double_kernel(float* x, int count) {
   if (static_cast<int>(threadIdx.x) < count) x[threadIdx.x] *= 2;
 }
-__global__ void overrun_kernel(float* x) { x[1 << 12] = 1; }
+__global__ void overrun_kernel(float* x) { x[1 << 8] = 1; }  // in the page that guards the end
 __global__ void deadlock_kernel(float* x) {
   if (threadIdx.x < 32) __syncthreads();
   x[threadIdx.x] = 1;
