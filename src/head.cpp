@@ -7,7 +7,7 @@ namespace {
 
 // One chunk's memory: as many rows of logits as the budget allows, and the hidden rows that make them.
 struct Chunk {
-  Tensor logits;   // [chunk, vocab] A
+  Tensor logits;   // [chunk, vocab] A, rows logits_pitch apart
   Tensor hidden;   // [chunk, width] T
   Tensor dhidden;  // [chunk, width] T, absent when nothing flows back
 };
@@ -44,18 +44,26 @@ std::vector<double> downloaded(const Tensor& values, Backend& backend) {
   return result;
 }
 
-// dlogits in the compute dtype over its own row's logits: bf16 rows stand at twice their width from each other.
+// Entries from one row of logits to the next: an odd number of cache lines. Rows an even number apart, as those of
+// vocabularies like 49,152 are, meet in a few sets of every cache, and the products that walk them run at half speed.
+int64_t logits_pitch(int64_t vocab, DType dtype) {
+  const int64_t line = 64 / dtype_bytes(dtype);
+  return ((vocab + line - 1) / line | 1) * line;
+}
+
+// dlogits in the compute dtype over its own row's logits: bf16 rows stand at twice their pitch from each other.
 Tensor over(const Tensor& logits, DType dtype) {
   Tensor dlogits = logits;
   dlogits.dtype = dtype;
-  dlogits.row_pitch = logits.columns() * (dtype_bytes(logits.dtype) / dtype_bytes(dtype));
+  dlogits.row_pitch = logits.pitch() * (dtype_bytes(logits.dtype) / dtype_bytes(dtype));
   return dlogits;
 }
 
 }  // namespace
 
 int64_t head_chunk_rows(const Config& config, const HeadSettings& settings, int64_t max_targets, DType dtype) {
-  const int64_t row_bytes = config.vocab * dtype_bytes(accumulation_dtype(dtype));
+  const DType sums = accumulation_dtype(dtype);
+  const int64_t row_bytes = logits_pitch(config.vocab, sums) * dtype_bytes(sums);
   return std::clamp<int64_t>(settings.logits_bytes / row_bytes, 1, std::max<int64_t>(max_targets, 1));
 }
 
@@ -70,14 +78,17 @@ void head(const Config& config, const Weights& weights, const Weights* gradients
   const Tensor lse = scratch.allocate("head statistics", sums, {targets});
   const Tensor coefficient = scratch.allocate("head statistics", sums, {targets});
   Chunk chunk;
-  chunk.logits = scratch.allocate("logits", sums, {chunk_rows, config.vocab});
+  const int64_t pitch = logits_pitch(config.vocab, sums);
+  chunk.logits = scratch.allocate("logits", sums, {chunk_rows, pitch});
+  chunk.logits.shape[1] = config.vocab, chunk.logits.row_pitch = pitch;
   chunk.hidden = scratch.allocate("head rows", dtype, {chunk_rows, config.table_width()});
   if (gradients) chunk.dhidden = scratch.allocate("d head rows", dtype, {chunk_rows, config.table_width()});
 
   // Targets [first, first + count): hidden rows -> logits, which stay in the chunk.
   const auto make_logits = [&](int64_t first, int64_t count) {
     backend.gather(chunk.hidden.slice(0, count), hidden, batch.target_rows.slice(first, count));
-    backend.linear_forward(chunk.logits.slice(0, count), chunk.hidden.slice(0, count), weights.output, weights.output_bias);
+    backend.linear_forward(chunk.logits.slice(0, count), chunk.hidden.slice(0, count), weights.output,
+                           weights.output_bias);
   };
   // Logits -> dlogits in place -> gradients of the output matrix and of the hidden rows.
   const auto give_back = [&](int64_t first, int64_t count) {
@@ -85,7 +96,8 @@ void head(const Config& config, const Weights& weights, const Weights* gradients
     const Tensor rows = chunk.dhidden.slice(0, count);
     backend.head_backward(dlogits, logits, lse.slice(first, count), logp.slice(first, count),
                           coefficient.slice(first, count), batch.target_tokens.slice(first, count));
-    backend.linear_backward(rows, gradients->output, gradients->output_bias, dlogits, chunk.hidden.slice(0, count), weights.output);
+    backend.linear_backward(rows, gradients->output, gradients->output_bias, dlogits, chunk.hidden.slice(0, count),
+                            weights.output);
     backend.scatter_add(*dhidden, rows, batch.target_rows.slice(first, count));
   };
 

@@ -3,6 +3,7 @@
 #include <dnnl.hpp>
 
 #include <array>
+#include <deque>
 #include <map>
 
 #include "src/cpu/backend.h"
@@ -93,7 +94,7 @@ void multiply_few(const Tensor& out, const Tensor& in, const Tensor& weight, con
 
 // oneDNN primitives by the shapes, strides and dtypes of a product. Row counts vary from one micro-batch to the next: a
 // primitive takes 0.3 ms to make and holds up to a megabyte, so more than one micro-batch needs are kept, not many
-// more, and the library, which would keep a thousand for itself, keeps none. Bounded by starting over.
+// more, and the library, which would keep a thousand for itself, keeps none. The one that was made first goes first.
 struct CpuBackend::MatrixProducts {
   using Key = std::array<int64_t, 13>;
   struct Product {
@@ -104,14 +105,33 @@ struct CpuBackend::MatrixProducts {
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
   dnnl::stream stream{engine};
   std::map<Key, Product> products;
-  Scratch wide_a, wide_b, wide_c, packed_b;
+  std::deque<Key> made;  // keys of `products`, oldest first
+  Scratch wide_a, wide_b, wide_c, packed_b, spread_a;
 
   MatrixProducts() { dnnl::set_primitive_cache_capacity(0); }
 
   // bf16 weights that many rows pass are packed first, once for the whole product: otherwise oneDNN does so in pieces,
-  // over and over. One buffer serves all; a weight of more than 64 MiB stays as it lies.
+  // over and over. One buffer serves all; a weight of more than 32 MiB stays as it lies: packing the head's takes
+  // longer than it gives.
   static bool packs(const Matrix& c, const Matrix& b, bool accumulate) {
-    return b.dtype == DType::bf16 && !accumulate && c.rows >= 512 && b.rows * b.columns <= int64_t{1} << 25;
+    return b.dtype == DType::bf16 && !accumulate && c.rows >= 512 && b.rows * b.columns <= int64_t{1} << 24;
+  }
+
+  // The gradient of a weight walks down the columns of dout. Where its rows are an even number of cache lines long they
+  // meet in a few sets of every cache, which costs a tenth of the product: such a dout is copied to rows an odd number
+  // of lines apart.
+  Matrix spread(Matrix m) {
+    constexpr int64_t line = 64, worthwhile_rows = 256;
+    const int64_t entry = dtype_bytes(m.dtype), bytes = m.columns * entry, pitch = m.row_stride * entry;
+    if (pitch % (2 * line) != 0 || m.rows < worthwhile_rows || m.dtype == DType::f64) return m;
+    const int64_t lines = (bytes + line - 1) / line | 1;
+    char* to = spread_a.reserve<char>(static_cast<size_t>(m.rows * lines * line));
+    const auto* from = static_cast<const char*>(m.data);
+    for_rows(m.rows, [&](int64_t row) {
+      std::memcpy(to + row * lines * line, from + row * pitch, static_cast<size_t>(bytes));
+    });
+    m.data = to, m.row_stride = lines * line / entry;
+    return m;
   }
 
   const Product& product(const Matrix& c, const Matrix& a, const Matrix& b, bool bias, bool accumulate) {
@@ -120,7 +140,7 @@ struct CpuBackend::MatrixProducts {
                   accumulate};
     if (const auto found = products.find(key); found != products.end()) return found->second;
     constexpr size_t most = 32;
-    if (products.size() >= most) products.clear();
+    if (products.size() >= most) products.erase(made.front()), made.pop_front();
     dnnl::primitive_attr attributes;
     if (accumulate) {
       dnnl::post_ops sum;
@@ -135,12 +155,13 @@ struct CpuBackend::MatrixProducts {
     const auto plain = bias ? dnnl::matmul::desc(a.description(), weight, bias_row, c.description())
                             : dnnl::matmul::desc(a.description(), weight, c.description());
     const dnnl::matmul::primitive_desc chosen(plain, attributes, engine);
-    Product made{dnnl::matmul(chosen), {}, {}};
+    Product fresh{dnnl::matmul(chosen), {}, {}};
     if (pack && chosen.weights_desc() != b.description()) {
-      made.packed = chosen.weights_desc();
-      made.pack = dnnl::reorder(dnnl::reorder::primitive_desc(engine, b.description(), engine, made.packed));
+      fresh.packed = chosen.weights_desc();
+      fresh.pack = dnnl::reorder(dnnl::reorder::primitive_desc(engine, b.description(), engine, fresh.packed));
     }
-    return products.emplace(key, made).first->second;
+    made.push_back(key);
+    return products.emplace(key, fresh).first->second;
   }
 
   void run(const Matrix& c, const Matrix& a, const Matrix& b, const void* bias, bool accumulate) {
@@ -208,7 +229,7 @@ void CpuBackend::linear_backward(const Tensor& din, const Tensor& dweight, const
   shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   if (!products_) products_ = std::make_shared<MatrixProducts>();
   if (din) products_->multiply(din, dout, weight, nullptr, adds);
-  if (dweight) products_->multiply(dweight, Matrix(dout).transposed(), in, nullptr, true);
+  if (dweight) products_->multiply(dweight, products_->spread(dout).transposed(), in, nullptr, true);
   if (!dbias) return;
   with_dtype("linear_backward", dout.dtype, [&](auto zero) { add_column_sums<decltype(zero)>(dbias, dout); });
 }
