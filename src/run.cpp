@@ -173,7 +173,7 @@ void Run::load_state() {
   if (counter("data_pairs") != data_->size())
     fail("--data: the run was started on ", counter("data_pairs"), " pairs, and now there are ", data_->size(),
          "; a resumed run needs the same rows");
-  if (state.counters.contains("data_fingerprint") && counter("data_fingerprint") != fingerprint(*data_))
+  if (state.counters.contains("data_fingerprint") && counter("data_fingerprint") != data_fingerprint())
     fail("--data: the rows are not those that the run was started on (as tokens, in their order); a resumed run needs "
          "the same rows");
   done = done_at_start_ = state.step;
@@ -324,6 +324,11 @@ bool Run::evaluate() {
   return true;
 }
 
+int64_t Run::data_fingerprint() {
+  if (!data_fingerprint_) data_fingerprint_ = fingerprint(*data_);
+  return *data_fingerprint_;
+}
+
 void Run::save() {
   if (saved_ == done) return;
   collect_checkpoint(true);
@@ -336,7 +341,7 @@ void Run::save() {
   state.batch_pairs = o.batch_pairs, state.eval_every = o.eval_every, state.save_every = o.save_every;
   state.seed = o.seed;
   state.counters = {{"data_pairs", data_->size()},
-                    {"data_fingerprint", fingerprint(*data_)},
+                    {"data_fingerprint", data_fingerprint()},
                     {"skipped_steps", skipped},
                     {"skipped_in_a_row", skipped_in_a_row}};
   state.options = option_values(Program::train, o);

@@ -76,6 +76,7 @@ class Run {
   void write_metrics(const MetricList& metrics);
   void show_progress(const MetricList& metrics, double seconds);
   void report_skipped(const StepResult& result);
+  int64_t data_fingerprint();  // of all rows, which do not change: computed once
   void collect_checkpoint(bool wait);  // says that it was saved
   void write_profile();
 
@@ -94,6 +95,7 @@ class Run {
   std::optional<DeviceModel> model_;
   std::optional<MetricsLog> log_;
   std::vector<std::string> history_;
+  std::optional<int64_t> data_fingerprint_;
   bool gradients_checked_ = false, moments_checked_ = false;
   int64_t evaluated_ = -1, saved_ = -1;  // step of the last evaluation, of the last checkpoint
   int64_t done_at_start_ = 0;

@@ -8,7 +8,8 @@ namespace {
 struct Case {
   int64_t rows, n, k;
 };
-const Case cases[] = {{1, 1, 1}, {1, 123, 7}, {97, 123, 45}, {5, 64, 96}, {13, 67, 100}, {130, 33, 257}, {515, 70, 33}};
+const Case cases[] = {{1, 1, 1},    {1, 123, 7},    {97, 123, 45}, {5, 64, 96},
+                      {13, 67, 100}, {130, 33, 257}, {300, 64, 9},  {515, 70, 33}};
 
 template <class T> Values product(const Values& a, const Values& b, const Values& bias, int64_t rows, int64_t n,
                                   int64_t k, bool into_sums) {
