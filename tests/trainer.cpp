@@ -158,7 +158,9 @@ TEST_CASE("new weights follow from the seed, have the family's spread, and round
 
 TEST_CASE("an evaluation measures what a training step measures, touches no gradient, and visits rows in order") {
   Bench bench;
-  const PairSums trained = bench.compute(1000);
+  const PairSums parts = bench.compute(20), trained = bench.compute(1000);
+  CHECK(parts.pairs == trained.pairs);
+  CHECK(loss_of(parts, bench.model.head) == doctest::Approx(loss_of(trained, bench.model.head)).epsilon(1e-5));
   const double norm = bench.gradient_norm().norm;
   std::vector<int64_t> rows;
   const auto sums =
