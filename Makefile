@@ -22,7 +22,7 @@ CXXFLAGS += -std=c++20 -Wall -Wextra -Wno-restrict -fno-math-errno -fopenmp -mar
 LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
 LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp
 
-programs := train eval data
+programs := train eval data generate
 benches  := $(wildcard src/bench/*.cpp) src/bench.cpp
 rooms    := embedding linear norm rope attention attention_decode activation head adamw
 mains    := $(programs:%=src/%.cpp) src/bench.cpp
@@ -161,10 +161,10 @@ build/fuzz/%: tests/fuzz/%.cpp $(sources:%.cpp=build/fuzz/objects/%.o)
 	clang++ $(fuzz_flags) -fsanitize=fuzzer -o $@ $^ $(LDLIBS)
 
 clean:
-	rm -rf build orpo_train orpo_eval orpo_data
+	rm -rf build orpo_train orpo_eval orpo_data orpo_generate
 
 help:
-	@echo "make            orpo_train, orpo_eval, orpo_data (BUILD=release|debug|sanitize|thread, ARCH=native|x86-64-v3)"
+	@echo "make            orpo_train, orpo_eval, orpo_data, orpo_generate (BUILD=release|debug|sanitize|thread, ARCH=native|x86-64-v3)"
 	@echo "make run        install missing packages, build, run the demonstration"
 	@echo "make test       install missing packages, build, run every test (TESTS='norm:*,head:*': only those)"
 	@echo "make bench      where a step's time and memory go, on three models (BENCH=--help: its options)"

@@ -6,9 +6,7 @@
 #include "src/fail.h"
 
 namespace orpo {
-namespace {
 
-// Ids of a whole text, after a begin-of-sequence token where the tokenizer adds one and the text does not open with it.
 std::vector<int32_t> encode_sequence(const Tokenizer& tokenizer, const std::string& text) {
   std::vector<int32_t> ids = tokenizer.encode(text);
   const auto begin = tokenizer.begin_of_sequence;
@@ -16,6 +14,8 @@ std::vector<int32_t> encode_sequence(const Tokenizer& tokenizer, const std::stri
     ids.insert(ids.begin(), *begin);
   return ids;
 }
+
+namespace {
 
 void append_end(const Tokenizer& tokenizer, std::vector<int32_t>& ids) {
   if (!tokenizer.end_of_sequence)

@@ -19,6 +19,9 @@ struct PairTokens {
 inline constexpr const char* text_without_tokenizer = "text without a tokenizer";
 inline constexpr const char* dialogue_without_template = "dialogue without a chat template";
 
+// Ids of a whole text, after a begin-of-sequence token where the tokenizer adds one and the text does not open with it.
+std::vector<int32_t> encode_sequence(const Tokenizer& tokenizer, const std::string& text);
+
 // Thread-safe. Throws BadRow: no tokenizer or template for a row of text, roles that the template refuses, answers that
 // are equal as tokens, nothing to score. Throws UserError where a text needs an end-of-sequence token and the tokenizer
 // has none.

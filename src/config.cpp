@@ -203,6 +203,10 @@ void check_together(Program program, const Options& o) {
   if (program == Program::bench) {
     if (o.model.empty() && !o.data.empty())
       fail("--model: which model reads these rows? Give a Hugging Face folder, or leave out --data");
+  } else if (program == Program::generate) {
+    if (o.model.empty()) fail("--model: which model? Give a Hugging Face folder");
+    if (o.prompt.empty() == o.prompts.empty()) fail("--prompt: give either one text, or a file of them with --prompts");
+    check_place("--output", o.answers);
   } else if (program != Program::train) {
     if (o.model.empty()) fail("--model: which model? Give a Hugging Face folder");
     if (o.data.empty()) fail("--data: which rows? Give JSON Lines files");

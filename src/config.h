@@ -15,8 +15,9 @@
 
 namespace orpo {
 
-enum class Program : unsigned { train = 1, eval = 2, data = 4, bench = 8 };
-inline constexpr Program all_programs[] = {Program::train, Program::eval, Program::data, Program::bench};
+enum class Program : unsigned { train = 1, eval = 2, data = 4, bench = 8, generate = 16 };
+inline constexpr Program all_programs[] = {Program::train, Program::eval, Program::data, Program::bench,
+                                            Program::generate};
 enum class NllScope { full, response };
 enum class Init { model, random };
 enum class DTypeChoice { automatic, bf16, fp32 };
@@ -72,6 +73,13 @@ struct Options {
   std::string per_pair;  // JSON Lines, one a kept row
   std::string write;     // pre-tokenised rows
   int64_t show = 2;      // pairs printed token by token
+  // orpo_generate
+  std::string prompt, prompts;  // one text, or a file of them
+  std::string answers;          // --output; empty: stdout
+  std::string model_id;         // what answers are signed with; empty: the folder's name
+  int64_t max_new_tokens = 512;
+  int64_t batch_prompts = 8;
+  double temperature = 0, top_p = 1, repetition_penalty = 1;
   // orpo_bench
   bool quick = false;
   std::vector<std::string> only;  // parts of the page; empty: all

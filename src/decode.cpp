@@ -100,8 +100,8 @@ DecodingLimits decoding_limits(const Config& config, std::span<const Tokens> pro
   return limits;
 }
 
-std::vector<Tokens> decode(DeviceModel& model, std::span<const Tokens> prompts, int32_t stop, int64_t max_tokens,
-                           const NextToken& next) {
+std::vector<Tokens> decode(DeviceModel& model, std::span<const Tokens> prompts, const Tokens& stops,
+                           int64_t max_tokens, const NextToken& next) {
   const int64_t positions = model.config.max_positions, vocab = model.config.vocab;
   for (size_t i = 0; i < prompts.size(); ++i)
     if (prompts[i].empty() || static_cast<int64_t>(prompts[i].size()) > positions)
@@ -125,7 +125,7 @@ std::vector<Tokens> decode(DeviceModel& model, std::span<const Tokens> prompts, 
       const int64_t most = std::min(max_tokens, positions - static_cast<int64_t>(prompts[s].size()));
       if (most == 0) continue;
       const int32_t token = next({host.data() + static_cast<int64_t>(i) * vocab, static_cast<size_t>(vocab)}, s);
-      if (token == stop) continue;
+      if (std::find(stops.begin(), stops.end(), token) != stops.end()) continue;
       results[s].push_back(token);
       if (static_cast<int64_t>(results[s].size()) < most) still.push_back(s), last.push_back(token);
     }

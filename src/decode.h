@@ -53,10 +53,10 @@ int32_t most_probable(std::span<const float> logits, int64_t sequence);
 // Memory for decode() of these prompts.
 DecodingLimits decoding_limits(const Config& config, std::span<const Tokens> prompts, int64_t max_tokens);
 
-// A continuation of each prompt, token by token as `next` chooses: up to and without `stop`, of at most max_tokens
-// tokens, as far as the model has positions. UserError for a prompt of no token or of more than the model has positions
+// A continuation of each prompt, token by token as `next` chooses: up to and without one of `stops`, of at most
+// max_tokens tokens, as far as the model has positions. UserError for a prompt of no token or of more than the model has positions
 // for.
-std::vector<Tokens> decode(DeviceModel& model, std::span<const Tokens> prompts, int32_t stop, int64_t max_tokens,
-                           const NextToken& next = most_probable);
+std::vector<Tokens> decode(DeviceModel& model, std::span<const Tokens> prompts, const Tokens& stops,
+                           int64_t max_tokens, const NextToken& next = most_probable);
 
 }  // namespace orpo

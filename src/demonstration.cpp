@@ -80,8 +80,9 @@ Impression impression(Options options, const fs::path& model, const std::vector<
   const std::optional<PairSums> sums = evaluate(loaded.model(), *set, loaded.micro_tokens());
   if (!sums) fail_machine("stopped before the comparison; both models are in ", options.output);
   result.sums = *sums;
-  for (const std::vector<int32_t>& ids :
-       decode(loaded.model(), prompts, tokenizer->end_of_sequence.value_or(-1), answer_tokens)) {
+  Tokens stops;
+  if (tokenizer->end_of_sequence) stops.push_back(*tokenizer->end_of_sequence);
+  for (const Tokens& ids : decode(loaded.model(), prompts, stops, answer_tokens)) {
     std::string text = tokenizer->decode(ids, true);
     for (char& c : text)
       if (c == '\n') c = ' ';

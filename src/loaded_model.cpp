@@ -6,11 +6,11 @@
 namespace orpo {
 namespace {
 
-PlanRequest reading(const Options& options, const Config& config, const PairSet& set,
+PlanRequest reading(const Options& options, const Config& config, int64_t largest_pair_rows, int64_t pairs,
                     const DecodingLimits& decoding) {
   PlanRequest request = plan_request(options, config);
-  request.largest_pair_rows = set.report().largest_pair_rows;
-  request.eval_pairs = set.size();
+  request.largest_pair_rows = largest_pair_rows;
+  request.eval_pairs = pairs;
   request.trains = false;
   request.decoding = decoding;
   return request;
@@ -20,7 +20,14 @@ PlanRequest reading(const Options& options, const Config& config, const PairSet&
 
 LoadedModel::LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set,
                          const DecodingLimits& decoding)
-    : request_(reading(options, description.config, set, decoding)),
+    : LoadedModel(options, reading(options, description.config, set.report().largest_pair_rows, set.size(), decoding)) {
+}
+
+LoadedModel::LoadedModel(const Options& options, const ModelDescription& description, const DecodingLimits& decoding)
+    : LoadedModel(options, reading(options, description.config, 2, 1, decoding)) {}
+
+LoadedModel::LoadedModel(const Options& options, const PlanRequest& request)
+    : request_(request),
       plan_(make_plan(request_, available_memory())),
       backend_(open_backend(options)),
       state_("state", *backend_, plan_.state_bytes),

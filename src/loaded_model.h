@@ -17,11 +17,15 @@ class LoadedModel {
   // the objective's.
   LoadedModel(const Options& options, const ModelDescription& description, const PairSet& set,
               const DecodingLimits& decoding = {});
+  // With memory for decoding alone.
+  LoadedModel(const Options& options, const ModelDescription& description, const DecodingLimits& decoding);
 
   DeviceModel& model() { return model_; }
   int64_t micro_tokens() const { return plan_.micro_tokens; }
 
  private:
+  LoadedModel(const Options& options, const PlanRequest& request);
+
   PlanRequest request_;
   MemoryPlan plan_;
   std::unique_ptr<Backend> backend_;

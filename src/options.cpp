@@ -9,7 +9,8 @@
 namespace orpo {
 namespace {
 
-constexpr unsigned train = 1, eval = 2, data = 4, bench = 8, all = train | eval | data;
+constexpr unsigned train = 1, eval = 2, data = 4, bench = 8, generate = 16,
+                   all = train | eval | data;
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t most = int64_t{1} << 53;
 
@@ -135,12 +136,12 @@ std::vector<Option> build_table() {
   };
 
   group = "Model";
-  add(all | bench, text("model", "DIR", &O::model),
+  add(all | bench | generate, text("model", "DIR", &O::model),
       "Hugging Face model folder: config.json, safetensors, tokenizer files")
       .alias("model-name-or-path");
   add(train, choice<Init>("init", &O::init, {{"model", Init::model}, {"random", Init::random}}),
       "random: config.json and tokenizer of --model, weights drawn anew from --seed");
-  add(all, text("template", "NAME", &O::chat_template), "chat template; none joins strings as they stand")
+  add(all | generate, text("template", "NAME", &O::chat_template), "chat template; none joins strings as they stand")
       .shown_as("the model folder's own")
       .insists();
 
@@ -163,7 +164,19 @@ std::vector<Option> build_table() {
   add(train, flag("shuffle", &O::shuffle),
       "a new order every epoch, fixed by --seed; --no-shuffle keeps the files' order")
       .insists();
-  add(train | bench, integer("seed", &O::seed, 0), "fixes the order of the pairs and random weights").insists();
+  add(train | bench | generate, integer("seed", &O::seed, 0), "fixes the order of the pairs, random weights, what is drawn").insists();
+
+  group = "Generation";
+  add(generate, text("prompt", "TEXT", &O::prompt), "one user's turn; the answer goes to stdout").asks();
+  add(generate, text("prompts", "FILE", &O::prompts),
+      "JSON Lines or a JSON array with prompt, instruction (AlpacaEval) or turns (MT-Bench)")
+      .asks();
+  add(generate, integer("max-new-tokens", &O::max_new_tokens, 1, 1 << 30, "TOKENS"), "longest answer");
+  add(generate, number("temperature", &O::temperature, 0), "0: greedy, the most probable token; else drawn");
+  add(generate, number("top-p", &O::top_p, 1e-9, 1.0000001), "drawn from the fewest tokens with so much probability");
+  add(generate, number("repetition-penalty", &O::repetition_penalty, 1e-9), "above 1: tokens that occurred are less likely");
+  add(generate, integer("batch-prompts", &O::batch_prompts, 1, 1 << 16), "prompts answered at a time");
+  add(generate, text("model-id", "NAME", &O::model_id), "what the answers are signed with").shown_as("the folder's name");
 
   group = "Objective";
   add(all,
@@ -223,13 +236,13 @@ std::vector<Option> build_table() {
       .shown_as("auto");
   add(train, flag("recompute", &O::recompute),
       "keep each layer's input alone and compute the rest again: less memory, a tenth more time, the same results");
-  add(train | eval | bench,
+  add(train | eval | bench | generate,
       choice<DTypeChoice>("dtype", &O::dtype,
                           {{"auto", DTypeChoice::automatic}, {"bf16", DTypeChoice::bf16}, {"fp32", DTypeChoice::fp32}}),
       "weights and activations; auto: bf16 where the machine computes in it")
       .insists();
-  add(train | eval, text("device", "auto|cpu", &O::device), "where to compute").asks();
-  add(all | bench, integer("threads", &O::threads, 1, 4096), "CPU threads").shown_as("all").asks();
+  add(train | eval | generate, text("device", "auto|cpu", &O::device), "where to compute").asks();
+  add(all | bench | generate, integer("threads", &O::threads, 1, 4096), "CPU threads").shown_as("all").asks();
   add(train, size("device-memory", &O::device_memory), "memory the run may take, such as 80G")
       .shown_as("the machine's")
       .asks();
@@ -254,6 +267,9 @@ std::vector<Option> build_table() {
   add(train, text("save-gradients", "FILE", &O::save_gradients),
       "write the first step's gradients (fp32, before clipping) and stop")
       .asks();
+  add(generate, text("output", "FILE", &O::answers), "the answers, in the form that belongs to the prompts")
+      .shown_as("stdout")
+      .asks();
   add(eval, text("per-pair", "FILE", &O::per_pair), "one JSON line a row").asks();
   add(data, text("write", "FILE", &O::write), "the rows, tokenised").asks();
   add(data, integer("show", &O::show, 0), "pairs printed token by token").asks();
@@ -276,8 +292,9 @@ const std::vector<Option>& option_table() {
 const char* program_name(Program program) {
   return program == Program::train  ? "orpo_train"
          : program == Program::eval ? "orpo_eval"
-         : program == Program::data ? "orpo_data"
-                                    : "orpo_bench";
+         : program == Program::data  ? "orpo_data"
+         : program == Program::bench ? "orpo_bench"
+                                     : "orpo_generate";
 }
 
 int64_t parse_size(const std::string& text) {

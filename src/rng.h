@@ -12,7 +12,7 @@
 namespace orpo {
 
 // Who draws: sequences of different streams are independent of each other under one seed.
-enum class RandomStream : uint32_t { weights = 1, order = 2, test = 4, benchmark = 5 };
+enum class RandomStream : uint32_t { weights = 1, order = 2, test = 4, benchmark = 5, sampling = 6 };
 
 // One Philox block: 128 bits of counter and 64 bits of key to 128 random bits.
 constexpr std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {

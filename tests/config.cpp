@@ -37,6 +37,13 @@ Words with_model(Words words) {
   return words;
 }
 
+// What a program cannot do without.
+Words with_input(Words words, Program program) {
+  const bool generates = program == Program::generate;
+  words.insert(words.begin(), {"--model", "M", generates ? "--prompts" : "--data", "D"});
+  return words;
+}
+
 // A value for each option that is not its default.
 std::string other_value(const Option& o) {
   static const std::map<std::string, std::string> special = {
@@ -46,7 +53,9 @@ std::string other_value(const Option& o) {
       {"max-length", "900"},     {"max-prompt-length", "700"}};
   if (const auto found = special.find(o.name); found != special.end()) return found->second;
   if (o.is_flag()) return o.get(Options{}) == "true" ? "false" : "true";
-  return o.value == "X" ? "0.375" : o.value == "N" || o.value == "STEPS" || o.value == "ROWS" ? "7" : "text";
+  return o.value == "X"                                                                     ? "0.375"
+         : o.value == "N" || o.value == "STEPS" || o.value == "ROWS" || o.value == "TOKENS" ? "7"
+                                                                                            : "text";
 }
 
 TEST_CASE("every option is set by its name, by each alias, with - and _, and by a recipe") {
@@ -64,16 +73,17 @@ TEST_CASE("every option is set by its name, by each alias, with - and _, and by 
         for (const char separator : {'-', '_'}) {
           std::replace(name.begin(), name.end(), '-', separator);
           Options options;
-          const Words base{"--model", "M", "--data", "D", "--" + name + "=" + value};
-          if (o.name == "model" || o.name == "data") continue;
+          if (o.name == "model" || o.name == "data" || o.name.starts_with("prompt")) continue;
+          const Words base = with_input({"--" + name + "=" + value}, program);
           CHECK(o.get(parse(base, program)) == stored);
           CHECK(parse(base, program).given.count(o.name) == 1);
         }
       const std::filesystem::path recipe = folder.path() / "recipe.toml";
+      const bool asks = o.resume == Option::Resume::asks || !o.concerns(Program::train);  // in no run's recipe
       std::ofstream(recipe) << toml_text({{o.name, value}})
-                            << (o.resume == Option::Resume::asks ? o.name + " = \"" + value + "\"\n" : "");
-      if (!o.is_flag() || o.resume != Option::Resume::asks)
-        CHECK(o.get(parse({"--model", "M", "--data", "D", "--config", recipe}, program)) != o.get(defaults));
+                            << (asks ? o.name + " = \"" + value + "\"\n" : "");
+      if ((!o.is_flag() || !asks) && o.name != "prompt")
+        CHECK(o.get(parse(with_input({"--config", recipe}, program), program)) != o.get(defaults));
     }
 }
 

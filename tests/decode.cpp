@@ -127,14 +127,14 @@ TEST_CASE("decode: greedy tokens are those of running the whole sequence again")
     // A token that ends some of the sequences early, and not all at once.
     std::vector<Tokens> endless;
     for (const Tokens& prompt : prompts) endless.push_back(decode_by_whole_sequences(model, prompt, -1, 30));
-    CHECK(decode(device, prompts, -1, 30) == endless);
+    CHECK(decode(device, prompts, {}, 30) == endless);
     const int32_t stop = endless[0][4];
     std::vector<Tokens> expected;
     for (const Tokens& prompt : prompts) expected.push_back(decode_by_whole_sequences(model, prompt, stop, 30));
     CHECK(expected[0].size() < 5);
-    CHECK(decode(device, prompts, stop, 30) == expected);
+    CHECK(decode(device, prompts, {stop}, 30) == expected);
     for (size_t i = 0; i < prompts.size(); ++i)  // together as alone
-      CHECK(decode(device, std::span(&prompts[i], 1), stop, 30)[0] == expected[i]);
+      CHECK(decode(device, std::span(&prompts[i], 1), {stop}, 30)[0] == expected[i]);
   }
 }
 
@@ -142,7 +142,7 @@ TEST_CASE("decode: each greedy token is the answer that evaluation finds most pr
   TinyModel model(odd_config(), DType::f32, make_cpu_backend(2));
   DeviceModel device = device_model(model);
   const std::vector<Tokens> prompts{{1, 2, 3}};
-  const Tokens answer = decode(device, prompts, -1, 5)[0];
+  const Tokens answer = decode(device, prompts, {}, 5)[0];
   REQUIRE(answer.size() == 5);
   Tokens known = prompts[0];
   for (const int32_t token : answer) {
@@ -168,16 +168,16 @@ TEST_CASE("decode: stops at the model's positions, takes what the sampler says, 
     return static_cast<int32_t>(sequence + 1);
   };
   const std::vector<Tokens> prompts{Tokens(60, 1), Tokens(64, 2), Tokens(1, 3)};
-  const std::vector<Tokens> results = decode(device, prompts, -1, 10, count_up);
+  const std::vector<Tokens> results = decode(device, prompts, {}, 10, count_up);
   CHECK(results[0] == Tokens(4, 1));
   CHECK(results[1].empty());
   CHECK(results[2] == Tokens(10, 3));
-  CHECK(decode(device, prompts, -1, 0) == std::vector<Tokens>(3));
-  CHECK(decode(device, {}, -1, 10).empty());
+  CHECK(decode(device, prompts, {}, 0) == std::vector<Tokens>(3));
+  CHECK(decode(device, {}, {}, 10).empty());
   const std::vector<Tokens> longer{Tokens(65, 1)}, empty{Tokens{}};
-  CHECK_THROWS_WITH_AS(decode(device, longer, -1, 1),
+  CHECK_THROWS_WITH_AS(decode(device, longer, {}, 1),
                        doctest::Contains("prompt 1 has 65 tokens where the model takes 1 to 64"), UserError);
-  CHECK_THROWS_AS(decode(device, empty, -1, 1), UserError);
+  CHECK_THROWS_AS(decode(device, empty, {}, 1), UserError);
   const std::vector<float> nothing(37, std::nanf(""));
   CHECK_THROWS_AS(most_probable(nothing, 0), MachineError);
   const std::vector<float> tie{0, 3, 1, 3};
@@ -211,7 +211,7 @@ TEST_CASE("decode: a plan has exactly the memory that decoding takes") {
     DeviceModel model{r.config, dtype,    TrainingTensors::allocate_weights(r.config, dtype, state),
                       {},       *backend, scratch};
     draw_weights(model, 1);
-    decode(model, prompts, -1, 20);
+    decode(model, prompts, {}, 20);
     CHECK(scratch.high_water() <= plan.scratch_bytes);
     CHECK(scratch.used() == 0);
   }
