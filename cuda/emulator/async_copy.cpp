@@ -11,7 +11,9 @@ void Engine::copy_async(void* to, const void* from, int bytes, Where where) {
   if (bytes < 0 || bytes > 16) fail(where, "cp.async: reads %d bytes of 16", bytes);
   if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16))
     fail(where, "cp.async: an address is not 16-byte aligned");
-  if (!in_shared_memory(to) || in_shared_memory(from)) fail(where, "cp.async: not from global to shared memory");
+  // Without bytes to read the source is anywhere, which may be where shared memory happens to begin.
+  if (!in_shared_memory(to) || (bytes && in_shared_memory(from)))
+    fail(where, "cp.async: not from global to shared memory");
   if (lane->copy_count == Lane::most_copies)
     fail(where, "cp.async: more than %d copies in flight in a thread", Lane::most_copies);
   note_write(to, 16);

@@ -165,21 +165,21 @@ Json measure_decoding(Bench& bench, const BenchModel& model) {
     std::vector<Tokens> prompts;
     for (const Row& row : rows) prompts.push_back(row.prompt);
     LoadedModel loaded(options, description, *set, decoding_limits(config, prompts, fresh));
-    const auto seconds = [&](int64_t tokens) {
-      double best = 1e30;
-      for (int i = 0; i < 2; ++i) {
-        const auto start = std::chrono::steady_clock::now();
-        decode(loaded.model(), prompts, -1, tokens);
-        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-      }
-      return best;
+    // A pass: from one choice of a token to the next; the prompt's pass comes before the first.
+    using Clock = std::chrono::steady_clock;
+    const auto seconds_of_pass = [&] {
+      Clock::time_point first, last;
+      int64_t choices = 0;
+      decode(loaded.model(), prompts, {}, fresh, [&](std::span<const float> logits, int64_t sequence) {
+        if (sequence == 0) (choices++ == 0 ? first : last) = Clock::now();
+        return most_probable(logits, sequence);
+      });
+      return std::chrono::duration<double>(last - first).count() / static_cast<double>(choices - 1);
     };
     progress(concat("decoding, ", sequences, " sequences at ", context).c_str());
-    // The prompt's pass is the same in both.
-    const int64_t few = fresh / 4;
-    const double pass = (seconds(fresh) - seconds(few)) / static_cast<double>(fresh - few);
+    const double pass = std::min(seconds_of_pass(), seconds_of_pass());
     const double rate = static_cast<double>(sequences) / pass,
-                 positions = static_cast<double>(context - (fresh - few) / 2),
+                 positions = static_cast<double>(context - fresh / 2),
                  read = bytes_read(config, dtype, sequences, positions) / pass;
     end_progress();
     std::printf(
