@@ -20,7 +20,7 @@ CPPFLAGS += -I. -MMD -MP
 # -Wno-restrict: g++ 12 warns of its own std::string (GCC bug 105651).
 CXXFLAGS += -std=c++20 -Wall -Wextra -Wno-restrict -fno-math-errno -fopenmp -march=$(ARCH) $(flags.$(BUILD))
 LDFLAGS  += $(filter -fsanitize=%,$(CXXFLAGS)) -Wl,--as-needed
-LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp
+LDLIBS   += -ldnnl -lsentencepiece -lpcre2-8 -lsimdjson -lz -lgomp -ldl
 
 programs := train eval data generate
 benches  := $(wildcard src/bench/*.cpp) src/bench.cpp
@@ -36,7 +36,7 @@ fuzzers  := $(patsubst tests/fuzz/%.cpp,build/fuzz/%,$(wildcard tests/fuzz/*.cpp
 # rooms on it.
 ifeq ($(BUILD),thread)
 tests    := $(patsubst %.cpp,$(OUT)/%.o,tests/main.cpp $(wildcard tests/emulat*.cpp) $(rooms:%=tests/%.cpp))
-tested   := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard src/cpu/*.cpp))
+tested   := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard src/cpu/*.cpp) src/host_memory.cpp)
 endif
 binaries := $(programs:%=$(if $(filter build/release,$(OUT)),,$(OUT)/)orpo_%)
 
@@ -49,18 +49,20 @@ ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 
-.PHONY: all run bench bench-peer bench-llmc test test-real deps rooms fuzz gpu-report race-proof clean help
+.PHONY: all cuda cuda-emulated run bench bench-peer bench-llmc test test-real deps rooms fuzz gpu-report race-proof clean help
 .DELETE_ON_ERROR:
 
+# With nvcc the GPUs' plugin too; it takes minutes the first time.
 all: $(binaries)
-	@command -v nvcc >/dev/null || echo "no nvcc here: this is the CPU trainer"
+	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory cuda; else \
+	  echo "no nvcc here: this is the CPU trainer"; fi
 
 run: deps
 	@$(MAKE) --no-print-directory all
 	@./orpo_train
 
 test: deps
-	@$(MAKE) --no-print-directory all $(OUT)/orpo_tests $(OUT)/orpo_bench
+	@$(MAKE) --no-print-directory $(binaries) $(test_files) $(OUT)/orpo_bench
 	@$(MAKE) --no-print-directory rooms
 	@$(OUT)/orpo_tests $(if $(TESTS),--test-case='$(TESTS)')
 
@@ -90,9 +92,44 @@ $(foreach p,$(programs),$(eval $(filter %orpo_$(p),$(binaries)): $(OUT)/src/$(p)
 $(binaries):
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) $(LDLIBS)
 
+# The backends that --device loads: the kernels built by nvcc for GPUs, or by the host compiler for the emulator.
+# Programs and plugins of one build know each other by a sum over the headers that both are made from.
+build_sum := $(shell cat src/backend.h src/batch.h src/objective.h src/tensor.h src/plugin.h | cksum | tr ' ' '-')
+build_flag := -DORPO_BUILD='"$(build_sum)"'
+$(OUT)/src/device.o $(OUT)/cuda/plugin.o: CPPFLAGS += $(build_flag)
+build/fuzz/objects/src/device.o: fuzz_flags += $(build_flag)
+$(emulated): CXXFLAGS += -fPIC -ftls-model=initial-exec
+$(emulated): Makefile  # objects made without these flags do not link
+cuda-emulated: $(OUT)/orpo_cuda_emulated.so
+$(OUT)/orpo_cuda_emulated.so: $(emulated) $(OUT)/src/host_memory.o
+	$(CXX) $(CXXFLAGS) $(LDFLAGS) -shared -o $@ $^ -lgomp
+
+
+# sm_80 (A100), sm_90a (H100) and PTX for what comes later; CUDA_ARCH=90a and the like: that one alone.
+NVCC         ?= nvcc
+gencode       = -gencode arch=compute_$(1),code=sm_$(1)
+cuda_code    := $(if $(CUDA_ARCH),$(call gencode,$(CUDA_ARCH)),$(call gencode,80) $(call gencode,90a) \
+                  -gencode arch=compute_90$(comma)code=compute_90)
+cuda_folder  := build/cuda$(CUDA_ARCH:%=-%)
+cuda_objects := $(patsubst cuda/%.cu,$(cuda_folder)/%.o,$(wildcard cuda/*.cu))
+cuda: $(OUT)/orpo_cuda.so
+$(cuda_folder)/%.o: cuda/%.cu
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++20 -O3 -I. -MMD -MP $(build_flag) $(cuda_code) -Xcompiler -fPIC -c -o $@ $<
+$(OUT)/orpo_cuda.so: $(cuda_objects)
+	@command -v $(NVCC) >/dev/null || { echo "no nvcc here: install NVIDIA's toolkit, 12.4 or newer"; exit 2; }
+	@mkdir -p $(@D)
+	$(NVCC) -shared -cudart static -o $@ $^ -lcublasLt \
+	  -Xlinker -rpath=$(realpath $(dir $(realpath $(shell command -v $(NVCC))))../lib64)
+
 $(OUT)/orpo_bench: $(objects) $(benches:%.cpp=$(OUT)/%.o)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
+# The tests, and what they run besides the programs.
+test_files := $(OUT)/orpo_tests $(OUT)/orpo_cuda_emulated.so $(OUT)/tests/driver/libcuda.so.1
+$(OUT)/tests/driver/libcuda.so.1: tests/driver/libcuda.cpp
+	@mkdir -p $(@D)
+	$(CXX) -shared -fPIC -o $@ $<
 $(OUT)/orpo_tests: $(tested) $(emulated) $(tests)
 	$(CXX) $(CXXFLAGS) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
@@ -106,6 +143,7 @@ $(OUT)/%.o: %.cpp | build/.packages
 ifeq ($(BUILD),thread)
 $(patsubst %.cpp,$(OUT)/%.o,$(wildcard cuda/emulator/*.cpp)): flags.thread := -O1 -g -DEMULATOR_THREAD_SANITIZER
 endif
+$(OUT)/src/host_memory.o: CXXFLAGS += -fPIC
 $(emulated) $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/emulator*.cpp)): CXXFLAGS += -Wno-unknown-pragmas
 $(OUT)/%.o: %.cu | build/.packages
 	@mkdir -p $(@D)
@@ -134,7 +172,6 @@ rooms:
 	@tools/check_rooms.sh $(rooms)
 
 # Every kernel compiled for GPUs: resources (a spill is an error), costs, and the step they add up to. nvcc, no GPU.
-NVCC     ?= nvcc
 gpu_logs := $(patsubst cuda/%.cu,build/gpu/%.log,$(wildcard cuda/*.cu))
 gpu_archs:= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
 gpu-report: $(gpu_logs)
@@ -143,7 +180,7 @@ gpu-report: $(gpu_logs)
 build/gpu/%.log: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h src/*.h)
 	@command -v $(NVCC) >/dev/null || { echo "no nvcc here: kernels run on the emulator only (make test)"; exit 2; }
 	@mkdir -p $(@D)
-	@$(NVCC) -std=c++20 -O3 -I. $(gpu_archs) -Xptxas -v -c -o $(@:.log=.o) $< 2>$@ || { cat $@; exit 1; }
+	@$(NVCC) -std=c++20 -O3 -I. $(build_flag) $(gpu_archs) -Xptxas -v -c -o $(@:.log=.o) $< 2>$@ || { cat $@; exit 1; }
 
 # Races and barriers, proven on the PTX by sentryward (PyPI): every kernel it can read. Needs nvcc and Python.
 race-proof: build/race/bin/sentryward
@@ -171,9 +208,10 @@ help:
 	@echo "make bench-peer speed and memory beside TRL on the same rows (BENCH=\"--data FILE\"; Python, network)"
 	@echo "make bench-llmc LLMC=DIR  speed beside llm.c's CPU program, from a clone of its repository"
 	@echo "make test-real  fetch SmolLM2-135M-Instruct and compare with the numbers TRL gave (Python, network)"
+	@echo "make cuda       the GPUs' plugin (nvcc; CUDA_ARCH=90a: one architecture); make cuda-emulated: the emulator's"
 	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
 	@echo "make gpu-report compile the kernels for sm_80 and sm_90a: resources, costs, predicted steps (nvcc, no GPU)"
 	@echo "make race-proof prove kernels free of races (nvcc, Python, network once; no GPU)"
 	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
 
--include $(shell find $(OUT) build/fuzz -name '*.d' 2>/dev/null)
+-include $(shell find $(OUT) build/fuzz $(cuda_folder) -name '*.d' 2>/dev/null)

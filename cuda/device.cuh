@@ -121,6 +121,7 @@ template <int groups_left> __device__ __forceinline__ void cp_async_wait() {
 template <class... Parameters, class... Arguments> void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                                                size_t dynamic_shared_bytes, LaunchStream stream,
                                                                Arguments&&... arguments) {
+  if (rehearses(stream.stream)) return;
   last_operations.note(stream.where);
   if (dynamic_shared_bytes > 48 * 1024)
     gpu_check("launch", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

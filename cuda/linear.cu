@@ -41,19 +41,25 @@ MatrixProducts& CudaBackend::products() {
   return *products_;
 }
 
+void CudaBackend::multiply(const Product& product, std::source_location asked) {
+  if (rehearses(compute_)) return;
+  last_operations.note(asked);
+  products().run(product, compute_);
+}
+
 void CudaBackend::linear_forward(const Tensor& out, const Tensor& in, const Tensor& weight, const Tensor& bias,
                                  bool adds) {
   const char* op = "linear_forward";
   shapes::linear_forward(out, in, weight, bias);
   with_gpu_dtype(op, in.dtype, [](auto) {});
-  if (out.elements() == 0) return;
+  if (out.elements() == 0 || rehearses(compute_)) return;
   Product product{
       .operation = op, .out = out, .a = in, .b = weight, .transpose_b = true, .accumulate = adds, .bias = bias};
   if (bias && !products().fuses(product)) {
     fill_rows(compute_, out, bias, adds);
     product.bias = {}, product.accumulate = true;
   }
-  products().run(product, compute_);
+  multiply(product);
 }
 
 namespace {
@@ -95,10 +101,9 @@ void CudaBackend::linear_backward(const Tensor& din, const Tensor& dweight, cons
   shapes::linear_backward(din, dweight, dbias, dout, in, weight);
   with_gpu_dtype(op, dout.dtype, [](auto) {});
   if (dout.elements() == 0) return;
-  if (din) products().run({.operation = op, .out = din, .a = dout, .b = weight, .accumulate = adds}, compute_);
+  if (din) multiply({.operation = op, .out = din, .a = dout, .b = weight, .accumulate = adds});
   if (dweight)
-    products().run({.operation = op, .out = dweight, .a = dout, .b = in, .transpose_a = true, .accumulate = true},
-                   compute_);
+    multiply({.operation = op, .out = dweight, .a = dout, .b = in, .transpose_a = true, .accumulate = true});
   if (!dbias) return;
   constexpr int64_t most_stretches = 64, fewest_rows = 32;  // enough blocks for an H100's 132 SMs where n is small
   const int64_t rows = dout.rows(), n = dout.columns();

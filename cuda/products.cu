@@ -10,10 +10,6 @@ namespace orpo {
 
 namespace {
 
-// What cuBLAS takes on sm_90 when it is not told: algorithms that split a long sum keep its parts there. Older GPUs
-// need 4 MiB; with less than they want, the fastest algorithms are not offered.
-constexpr uint64_t workspace_bytes = 32 << 20;
-
 // A step has some 20 shapes for each row count, and row counts vary from one micro-batch to the next.
 constexpr size_t most_plans = 256;
 

@@ -28,6 +28,10 @@ struct Product {
 
 class MatrixProducts {
  public:
+  // What cuBLAS takes on sm_90 when it is not told: algorithms that split a long sum keep its parts there. Older GPUs
+  // need 4 MiB; with less than they want, the fastest algorithms are not offered.
+  static constexpr uint64_t workspace_bytes = 32 << 20;
+
   MatrixProducts();  // MachineError where cuBLASLt does not start
   ~MatrixProducts();
   MatrixProducts(const MatrixProducts&) = delete;

@@ -22,6 +22,14 @@
 
 namespace orpo {
 
+// The stream of a backend that rehearses: nothing is asked of it, and so its host code runs without a GPU, on tensors
+// without memory, to the sizes that it would ask for.
+inline GpuStream rehearsal_stream() {
+  static char place;
+  return reinterpret_cast<GpuStream>(&place);
+}
+inline bool rehearses(GpuStream stream) { return stream == rehearsal_stream(); }
+
 // A stream as a launch takes it: notes which operation asks, and where in its source.
 struct LaunchStream {
   LaunchStream(GpuStream s, std::source_location w = std::source_location::current()) : stream(s), where(w) {}
@@ -71,8 +79,7 @@ inline void gpu_check(const char* what, cudaError_t status) {
   cudaGetLastError();  // reported here, and not once more by the next call
   const bool of_this_call = status == cudaErrorMemoryAllocation || status == cudaErrorInvalidValue ||
                             status == cudaErrorInvalidConfiguration || status == cudaErrorInvalidResourceHandle;
-  fail_machine(what, ": ", why,
-               of_this_call || asked.empty() ? "" : concat("; asked for last: ", asked));
+  fail_machine(what, ": ", why, of_this_call || asked.empty() ? "" : concat("; asked for last: ", asked));
 }
 
 inline void* gpu_allocate(int64_t bytes) {
@@ -84,15 +91,20 @@ inline void* gpu_allocate(int64_t bytes) {
 inline void gpu_release(void* memory) { cudaFree(memory); }
 // Reads pageable host memory before it returns.
 inline void gpu_upload(void* device, const void* host, int64_t bytes, GpuStream stream) {
+  if (rehearses(stream)) return;
   gpu_check("upload", cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream));
 }
 // Done when gpu_wait() returns.
 inline void gpu_download(void* host, const void* device, int64_t bytes, GpuStream stream) {
+  if (rehearses(stream)) return;
   gpu_check("download", cudaMemcpyAsync(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream));
 }
 inline void gpu_zero(void* device, int64_t bytes, GpuStream stream) {
+  if (rehearses(stream)) return;
   gpu_check("zero", cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), stream));
 }
-inline void gpu_wait(GpuStream stream) { gpu_check("synchronize", cudaStreamSynchronize(stream)); }
+inline void gpu_wait(GpuStream stream) {
+  if (!rehearses(stream)) gpu_check("synchronize", cudaStreamSynchronize(stream));
+}
 
 }  // namespace orpo

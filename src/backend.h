@@ -100,6 +100,15 @@ struct Backend {
   virtual void download(void* host, const Tensor& device) = 0;      // host = device; any thread, beside other calls
   virtual void zero(const Tensor& x) = 0;                           // x = 0
   virtual void synchronize() = 0;                                   // returns when everything asked for is done
+  virtual int64_t free_memory() const = 0;                          // bytes that a run may still take
+  virtual int64_t peak_memory() const = 0;                          // most bytes ever taken: of the device, or process
+
+  // What operations take of the device's memory besides their tensors. A rehearsal backend knows after the largest
+  // shapes went through it; reserved once, no operation of those shapes allocates.
+  virtual int64_t workspace_bytes() const { return 0; }
+  virtual void reserve_workspace(int64_t /*bytes*/) {}
+  // Matrix products of this dtype a second, FLOP/s, as the device's maker publishes it; 0: unknown, to be measured.
+  virtual double published_rate(DType) const { return 0; }
 
   // Brackets around each layer of forward and backward (layer -1: embedding, layers: the head's side): no-ops on one
   // device. Weight gathering, prefetch, gradient-ready reduction and offload live behind them.

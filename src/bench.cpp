@@ -21,7 +21,7 @@ namespace {
 
 std::vector<DType> dtypes(const Options& options) {
   if (options.dtype == DTypeChoice::automatic) return {DType::bf16, DType::f32};
-  return {resolve_dtype(options.dtype)};
+  return {resolve_dtype(options)};
 }
 
 int64_t longest_sequence(const Options& options, const BenchModel& model) {

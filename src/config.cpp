@@ -233,8 +233,6 @@ void check_together(Program program, const Options& o) {
     fail("--output: ", o.output, " is a file; name a folder");
   if (o.max_length && o.max_prompt_length > o.max_length)
     fail("--max-prompt-length: ", o.max_prompt_length, " is more than --max-length ", o.max_length);
-  if (o.device == "cuda") fail("--device: this build has no CUDA backend; use cpu");
-  if (o.device != "auto" && o.device != "cpu") fail("--device: '", o.device, "' is not one of auto|cpu");
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ inline constexpr Program all_programs[] = {Program::train, Program::eval, Progra
 enum class NllScope { full, response };
 enum class Init { model, random };
 enum class DTypeChoice { automatic, bf16, fp32 };
+enum class DeviceChoice { automatic, cpu, cuda, cuda_emulated };
 enum class SaveDType { as_input, bf16, fp16, fp32 };
 
 struct Options {
@@ -53,7 +54,7 @@ struct Options {
   // machine
   int64_t micro_tokens = 0;  // rows computed at a time; 0: chosen by plan.h
   DTypeChoice dtype = DTypeChoice::automatic;
-  std::string device = "auto";
+  DeviceChoice device = DeviceChoice::automatic;
   int threads = 0;            // 0: all the machine has
   int64_t device_memory = 0;  // bytes; 0: the machine's
   bool plan = false;

@@ -36,7 +36,7 @@ Options base_act(const Options& given, const fs::path& data, const fs::path& bas
   act.data = {(data / "base.jsonl").string()};
   act.objective = Objective::sft;
   act.learning_rate = base_learning_rate;
-  act.max_steps = base_steps;
+  act.max_steps = given.given.count("max-steps") ? std::min(given.max_steps, base_steps) : base_steps;
   act.batch_pairs = batch_pairs;
   act.output = base.string();
   act.overwrite = true;

@@ -28,13 +28,14 @@ LoadedModel::LoadedModel(const Options& options, const ModelDescription& descrip
 
 LoadedModel::LoadedModel(const Options& options, const PlanRequest& request)
     : request_(request),
-      plan_(make_plan(request_, available_memory())),
       backend_(open_backend(options)),
+      plan_(make_plan(request_, memory_for(options, *backend_))),
       state_("state", *backend_, plan_.state_bytes),
       scratch_("scratch", *backend_, plan_.scratch_bytes),
       model_{
           request_.config, request_.dtype, TrainingTensors::allocate_weights(request_.config, request_.dtype, state_),
           request_.head,   *backend_,      scratch_} {
+  backend_->reserve_workspace(plan_.workspace_bytes);
   load_weights(options.model, request_.config, model_.tensors.weights, *backend_);
 }
 

@@ -27,8 +27,8 @@ class LoadedModel {
   LoadedModel(const Options& options, const PlanRequest& request);
 
   PlanRequest request_;
-  MemoryPlan plan_;
   std::unique_ptr<Backend> backend_;
+  MemoryPlan plan_;
   Arena state_, scratch_;
   DeviceModel model_;
 };

@@ -1,6 +1,5 @@
 #include "src/metrics.h"
 
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <chrono>
@@ -104,12 +103,6 @@ double measure_gemm_rate(Backend& backend, DType dtype) {
     spent += seconds;
   }
   return best;
-}
-
-int64_t peak_resident_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
 }
 
 std::string json_line(const MetricList& metrics) {

@@ -65,9 +65,6 @@ struct Work {
 // and frees its memory.
 double measure_gemm_rate(Backend& backend, DType dtype);
 
-// Most memory the process ever held, bytes.
-int64_t peak_resident_bytes();
-
 // One JSON object, keys in order; numbers that are not finite become null.
 std::string json_line(const MetricList& metrics);
 

@@ -241,10 +241,17 @@ std::vector<Option> build_table() {
                           {{"auto", DTypeChoice::automatic}, {"bf16", DTypeChoice::bf16}, {"fp32", DTypeChoice::fp32}}),
       "weights and activations; auto: bf16 where the machine computes in it")
       .insists();
-  add(train | eval | generate, text("device", "auto|cpu", &O::device), "where to compute").asks();
+  add(train | eval | generate,
+      choice<DeviceChoice>("device", &O::device,
+                           {{"auto", DeviceChoice::automatic},
+                            {"cpu", DeviceChoice::cpu},
+                            {"cuda", DeviceChoice::cuda},
+                            {"cuda-emulated", DeviceChoice::cuda_emulated}}),
+      "where to compute; auto: a GPU where there is one; cuda-emulated: its kernels on the CPU, slowly")
+      .asks();
   add(all | bench | generate, integer("threads", &O::threads, 1, 4096), "CPU threads").shown_as("all").asks();
   add(train, size("device-memory", &O::device_memory), "memory the run may take, such as 80G")
-      .shown_as("the machine's")
+      .shown_as("what the device has free")
       .asks();
   add(train, flag("plan", &O::plan), "print the memory the run takes and stop; works from config.json alone").asks();
   add(train, flag("profile", &O::profile), "time by operation of the fastest step: printed, and in profile.json")

@@ -1,8 +1,6 @@
 #include "src/plan.h"
 
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
 #include <numeric>
 
 #include "src/console.h"
@@ -11,8 +9,6 @@
 
 namespace orpo {
 namespace {
-
-namespace fs = std::filesystem;
 
 constexpr int64_t good_micro_tokens = 1536;  // enough rows for matrix products at full rate
 
@@ -41,27 +37,30 @@ TrainingTensors allocate_state(const PlanRequest& r, Arena& arena) {
 }
 
 // The largest micro-batch through the code that trains, with passes: 0 the numbers of as many pairs as a step has
-// alone, 1 the micro-batch's tensors too, 2 the head too, 3 the backward pass too.
-int64_t rehearse_micro_batch(const PlanRequest& r, const Batch& batch, int passes) {
-  const std::unique_ptr<Backend> nothing = make_rehearsal_backend();
+// alone, 1 the micro-batch's tensors too, 2 the head too, 3 the backward pass and the update too.
+int64_t rehearse_micro_batch(const PlanRequest& r, Backend& nothing, const Batch& batch, int passes) {
   Arena state = Arena::counting("state");
   return counted([&](Arena& scratch) {
-    DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, *nothing, scratch, r.recompute};
+    DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, nothing, scratch, r.recompute};
     StepNumbers numbers(model, std::max(r.step_pairs, batch.pairs()));
     if (passes == 0) return;
     MicroBatch micro(model, batch);
     if (passes >= 2) micro.forward(), micro.head({1, 1}, numbers.next(batch.pairs()));
-    if (passes >= 3 && r.trains) micro.backward();
+    if (passes < 3 || !r.trains) return;
+    micro.backward();
+    numbers.read();
+    AdamW update{};
+    update.step = 1;
+    update_weights(model, update);
   });
 }
 
 // Prompts that take all that their rows allow, and a token more for each.
-int64_t rehearse_decoding(const PlanRequest& r) {
+int64_t rehearse_decoding(const PlanRequest& r, Backend& nothing) {
   if (r.decoding.sequences == 0) return 0;
-  const std::unique_ptr<Backend> nothing = make_rehearsal_backend();
   Arena state = Arena::counting("state");
   return counted([&](Arena& scratch) {
-    DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, *nothing, scratch};
+    DeviceModel model{r.config, r.dtype, allocate_state(r, state), r.head, nothing, scratch};
     std::vector<Tokens> prompts(r.decoding.sequences, Tokens(1));
     prompts[0].resize(std::max<int64_t>(1, r.decoding.prompt_rows - r.decoding.sequences + 1));
     Tokens all(prompts.size());
@@ -89,16 +88,19 @@ MemoryPlan rehearse(const PlanRequest& r, int64_t micro_tokens) {
   plan.state_bytes = counted([&](Arena& arena) { allocate_state(r, arena); });
 
   const Batch batch = largest_batch(plan.limits, r.head.nll_includes_prompt);
-  const int64_t numbers = rehearse_micro_batch(r, batch, 0), tensors = rehearse_micro_batch(r, batch, 1),
-                with_head = rehearse_micro_batch(r, batch, 2);
-  plan.scratch_bytes = rehearse_micro_batch(r, batch, 3);
+  const std::unique_ptr<Backend> nothing = r.rehearsal();
+  const auto bytes = [&](int passes) { return rehearse_micro_batch(r, *nothing, batch, passes); };
+  const int64_t numbers = bytes(0), tensors = bytes(1), with_head = bytes(2);
+  plan.scratch_bytes = bytes(3);
   part("results of pairs", numbers);
   part("activations", tensors - numbers);
   part("logits and head", with_head - tensors);
   part("more for the backward pass", plan.scratch_bytes - with_head);
-  const int64_t decoding = rehearse_decoding(r);
+  const int64_t decoding = rehearse_decoding(r, *nothing);
   part("more for decoding", decoding - plan.scratch_bytes);
   plan.scratch_bytes = std::max(plan.scratch_bytes, decoding);
+  plan.workspace_bytes = nothing->workspace_bytes();
+  part("the device's operations", plan.workspace_bytes);
   return plan;
 }
 
@@ -161,29 +163,6 @@ MemoryPlan make_plan(const PlanRequest& r, int64_t memory) {
     fail("this run needs ", bytes_text(plan.total()), ", and there are ", bytes_text(memory),
          "; the largest --micro-tokens that fits is ", fits);
   return least;
-}
-
-int64_t available_memory() {
-  int64_t available = INT64_MAX;
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string name, unit; meminfo >> name;) {
-    int64_t kilobytes = 0;
-    if (name == "MemAvailable:" && meminfo >> kilobytes) available = kilobytes * 1024;
-    std::getline(meminfo, unit);
-  }
-  // A container's limit (cgroup 2, then 1) less what its processes hold; file pages that the kernel would drop are
-  // free.
-  for (const fs::path folder : {"/sys/fs/cgroup", "/sys/fs/cgroup/memory"}) {
-    const bool second = fs::exists(folder / "memory.max");
-    int64_t limit = 0, usage = 0, droppable = 0;
-    std::ifstream stat(folder / "memory.stat");
-    for (std::string name; stat >> name;)
-      if (int64_t value = 0; stat >> value && name == "inactive_file") droppable = value;
-    if (std::ifstream(folder / (second ? "memory.max" : "memory.limit_in_bytes")) >> limit &&
-        std::ifstream(folder / (second ? "memory.current" : "memory.usage_in_bytes")) >> usage)
-      available = std::min(available, std::max<int64_t>(0, limit - usage + droppable));
-  }
-  return available;
 }
 
 std::string plan_table(const MemoryPlan& plan, const PlanRequest& r, int64_t memory) {

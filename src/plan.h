@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,7 @@ struct PlanRequest {
   bool trains = true;
   bool recompute = false;
   DecodingLimits decoding;  // what the model also decodes, between micro-batches
+  std::function<std::unique_ptr<Backend>()> rehearsal = make_rehearsal_backend;  // the device's, which counts more
 };
 
 struct MemoryPlan {
@@ -39,8 +42,9 @@ struct MemoryPlan {
   MicroLimits limits{};
   int64_t state_bytes = 0;    // weights, corrections, moments, gradients
   int64_t scratch_bytes = 0;  // high-water mark of a micro-batch, or of decoding
+  int64_t workspace_bytes = 0;  // what the device's operations take besides their tensors
   std::vector<Line> lines;    // parts; the head and the backward pass use the same memory one after the other
-  int64_t total() const { return state_bytes + scratch_bytes; }
+  int64_t total() const { return state_bytes + scratch_bytes + workspace_bytes; }
 };
 
 // Most stream rows that a pair of sequences of at most max_length tokens can take: no shared prompt at all.
@@ -52,9 +56,6 @@ MemoryPlan make_plan(const PlanRequest& request, int64_t memory);
 
 // A batch that reaches every limit: what the rehearsal runs.
 Batch largest_batch(const MicroLimits& limits, bool score_prompt);
-
-// Bytes that this machine can give a new process now: free memory, or what is left of a container's limit.
-int64_t available_memory();
 
 // What, bytes, high-water mark.
 std::string plan_table(const MemoryPlan& plan, const PlanRequest& request, int64_t memory);

@@ -15,6 +15,8 @@ struct RehearsalBackend final : Backend {
   void download(void*, const Tensor&) override {}
   void zero(const Tensor&) override {}
   void synchronize() override {}
+  int64_t free_memory() const override { return 0; }
+  int64_t peak_memory() const override { return 0; }
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,
                          const Tensor& positions) override {

@@ -138,11 +138,14 @@ void Run::open_memory() {
       std::max(data_->report().largest_pair_rows, eval_data_ ? eval_data_->report().largest_pair_rows : 0);
   request.step_pairs = std::min(options_.batch_pairs, data_->size());
   request.eval_pairs = eval_data_ ? eval_data_->size() : 0;
-  plan_ = make_plan(request, options_.device_memory ? options_.device_memory : available_memory());
-
   backend_ = open_backend(options_);
+  plan_ = make_plan(request, memory_for(options_, *backend_));
+
   if (options_.profile) backend_ = make_timed_backend(std::move(backend_), config.layers, profile_);
-  gemm_rate_ = measure_gemm_rate(*backend_, request.dtype);
+  gemm_rate_ = backend_->published_rate(request.dtype);
+  rate_is_published_ = gemm_rate_ > 0;
+  if (!rate_is_published_) gemm_rate_ = measure_gemm_rate(*backend_, request.dtype);
+  backend_->reserve_workspace(plan_.workspace_bytes);
   state_.emplace("state", *backend_, plan_.state_bytes);
   scratch_.emplace("scratch", *backend_, plan_.scratch_bytes);
   model_.emplace(DeviceModel{config, request.dtype, TrainingTensors::allocate(config, request.dtype, *state_),
@@ -220,8 +223,9 @@ void Run::say_what_runs() const {
   const Config& c = model_->config;
   console().say("model: ", c.family, ", ", number_text(static_cast<double>(c.parameters()) / 1e6, 1),
                 " million parameters, ", o.init == Init::random ? "drawn anew, " : "", dtype_name(model_->dtype),
-                " on ", backend_->name(), "; 2048^3 products at ", number_text(gemm_rate_ / 1e9, 0),
-                " GFLOP/s (measured; mfu is against it)");
+                " on ", backend_->name(), "; ", rate_is_published_ ? "" : "2048^3 ", "products at ",
+                number_text(gemm_rate_ / 1e9, 0), " GFLOP/s (", rate_is_published_ ? "published" : "measured",
+                "; mfu is against it)");
   console().say("loss: ", loss_text(o));
   console().say("run: ", total_steps - done, " steps of ", std::min(o.batch_pairs, data_->size()), " pairs, ",
                 number_text(sampler_->epoch_at(total_steps), 2), " epochs",
@@ -231,7 +235,9 @@ void Run::say_what_runs() const {
 
 // mfu is against the best rate of the run: on a machine that was busy at the start that is a later one. Costs less than
 // a tenth of a second.
-void Run::measure_rate() { gemm_rate_ = std::max(gemm_rate_, measure_gemm_rate(*backend_, model_->dtype)); }
+void Run::measure_rate() {
+  if (!rate_is_published_) gemm_rate_ = std::max(gemm_rate_, measure_gemm_rate(*backend_, model_->dtype));
+}
 
 AdamW Run::next_update() const {
   const Options& o = options_;
@@ -277,7 +283,7 @@ void Run::log(const StepResult& r) {
                                               {"tokens_per_second", r.work.tokens / seconds},
                                               {"pairs_per_second", r.work.pairs / seconds},
                                               {"mfu", flops / seconds / gemm_rate_},
-                                              {"peak_memory_bytes", static_cast<double>(peak_resident_bytes())},
+                                              {"peak_memory_bytes", static_cast<double>(backend_->peak_memory())},
                                               {"micro_batches", static_cast<double>(r.micro_batches)},
                                               {"skipped_steps", static_cast<double>(skipped)}})
     m.emplace_back(name, value);
@@ -389,7 +395,7 @@ void Run::write_profile() {
   json["gemm_rate"] = gemm_rate_;
   json["micro_tokens"] = plan_.micro_tokens;
   json["memory"] = memory;
-  json["peak_memory_bytes"] = peak_resident_bytes();
+  json["peak_memory_bytes"] = backend_->peak_memory();
   json["start_seconds"] = start_seconds_;
   json["checkpoint_seconds"] = saving_seconds_;
   write_file_atomically(fs::path(options_.output) / "profile.json", json.dump(1) + "\n");

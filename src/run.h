@@ -91,6 +91,7 @@ class Run {
   std::unique_ptr<Communicator> communicator_ = make_single_communicator();
   MemoryPlan plan_;
   double gemm_rate_ = 0;  // FLOP/s
+  bool rate_is_published_ = false;
   std::optional<Arena> state_, scratch_;
   std::optional<DeviceModel> model_;
   std::optional<MetricsLog> log_;

@@ -7,21 +7,30 @@
 #include "data/tokenise.h"
 #include "src/console.h"
 #include "src/cpu/bf16.h"
+#include "src/device.h"
 #include "src/fail.h"
 #include "tokenizer/template.h"
 #include "tokenizer/tokenizer.h"
 
 namespace orpo {
 
-DType resolve_dtype(DTypeChoice choice) {
+DType resolve_dtype(const Options& options) {
+  const DTypeChoice choice = options.dtype;
   if (choice != DTypeChoice::automatic) return choice == DTypeChoice::bf16 ? DType::bf16 : DType::f32;
+  if (Device::open(options.device).is_gpu()) return DType::bf16;
   const bool fast = cpu::multiplies_bf16();
   console().say("dtype: ", fast ? "bf16, which this CPU computes in (avx512_bf16)"
                                 : "fp32; oneDNN does not compute in bf16 here (no avx512_bf16)");
   return fast ? DType::bf16 : DType::f32;
 }
 
-std::unique_ptr<Backend> open_backend(const Options& options) { return make_cpu_backend(options.threads); }
+std::unique_ptr<Backend> open_backend(const Options& options) {
+  return Device::open(options.device).make_backend(options.threads);
+}
+
+int64_t memory_for(const Options& options, const Backend& backend) {
+  return options.device_memory ? options.device_memory : backend.free_memory();
+}
 
 HeadSettings head_settings(const Options& options) {
   HeadSettings settings;
@@ -95,7 +104,8 @@ std::unique_ptr<PairSet> load_rows(const Options& options, const std::vector<std
 PlanRequest plan_request(const Options& options, const Config& config) {
   PlanRequest request;
   request.config = config;
-  request.dtype = resolve_dtype(options.dtype);
+  request.dtype = resolve_dtype(options);
+  request.rehearsal = [&device = Device::open(options.device)] { return device.make_rehearsal_backend(); };
   request.head = head_settings(options);
   request.micro_tokens = options.micro_tokens;
   request.recompute = options.recompute;
@@ -115,7 +125,7 @@ void print_plan(Options options) {
     request.largest_pair_rows = files == &options.data ? rows : std::max(request.largest_pair_rows, rows);
     if (files == &options.eval_data) request.eval_pairs = set->size();
   }
-  const int64_t memory = options.device_memory ? options.device_memory : available_memory();
+  const int64_t memory = options.device_memory ? options.device_memory : open_backend(options)->free_memory();
   const MemoryPlan plan = make_plan(request, memory);
   std::fputs(plan_table(plan, request, memory).c_str(), stdout);
 }

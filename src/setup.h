@@ -15,9 +15,12 @@
 namespace orpo {
 
 // --dtype resolved; what auto chose is said on stderr.
-DType resolve_dtype(DTypeChoice choice);
+DType resolve_dtype(const Options& options);
 
 std::unique_ptr<Backend> open_backend(const Options& options);
+
+// --device-memory, or what the device has free.
+int64_t memory_for(const Options& options, const Backend& backend);
 
 HeadSettings head_settings(const Options& options);
 

@@ -28,6 +28,11 @@ class TimedBackend final : public Backend {
   bool allocates_zeros() const override { return inner_->allocates_zeros(); }
   void release(void* memory, int64_t bytes) override { inner_->release(memory, bytes); }
   void synchronize() override { inner_->synchronize(); }
+  int64_t free_memory() const override { return inner_->free_memory(); }
+  int64_t peak_memory() const override { return inner_->peak_memory(); }
+  int64_t workspace_bytes() const override { return inner_->workspace_bytes(); }
+  void reserve_workspace(int64_t bytes) override { inner_->reserve_workspace(bytes); }
+  double published_rate(DType dtype) const override { return inner_->published_rate(dtype); }
   void begin(int layer, Pass pass) override {
     layer_ = layer;
     inner_->begin(layer, pass);

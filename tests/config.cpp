@@ -134,7 +134,7 @@ TEST_CASE("each mistake is one line that says what to do") {
       {{"--objective", "dpo"}, "--objective: 'dpo' is not one of orpo|sft|ratio"},
       {{"--shuffle=maybe"}, "--shuffle: 'maybe' is neither true nor false"},
       {{"--device-memory", "80X"}, "--device-memory: '80X' is not a size such as 512M or 80G"},
-      {{"--device", "cuda"}, "--device: this build has no CUDA backend; use cpu"},
+      {{"--device", "tpu"}, "--device: 'tpu' is not one of auto|cpu|cuda|cuda-emulated"},
       {{"--max-length", "10", "--max-prompt-length", "11"}, "--max-prompt-length: 11 is more than --max-length 10"},
       {{"--resume", "--overwrite"}, "--resume: goes on with the run that --overwrite would replace; give one of them"},
       {{"--write", "x"}, "--write: an option of orpo_data, not of orpo_train"},

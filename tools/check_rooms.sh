@@ -25,12 +25,12 @@ may_include() {
     done
   done
 }
-core='src/(fail|tensor|master|batch|objective|preference|backend|shapes)\.h'
+core='src/(fail|tensor|master|batch|objective|preference|backend|shapes|host_memory)\.h'
 may_include "tokenizer/*.h tokenizer/*.cpp" 'tokenizer/.*|src/(fail|files)\.h'
 may_include "data/*.h data/*.cpp" "data/.*|tokenizer/.*|src/rng\.h|src/files\.h|$core"
 may_include "src/backend.h src/objective.h src/preference.h src/batch.h src/tensor.h" "$core"
 may_include "src/cpu/*.h src/cpu/*.cpp" "src/cpu/.*|$core"
-may_include "cuda/*.cu" "cuda/(gpu|partials|rows|tiles|attention)\.cuh|cuda/products\.h|src/objective\.h"
+may_include "cuda/*.cu" "cuda/(gpu|partials|rows|tiles|attention)\.cuh|cuda/(products|transfers|backend)\.h|src/(objective|plugin)\.h"
 may_include "cuda/*.h cuda/*.cuh" "cuda/.*|$core"
 may_include "cuda/emulator/*" "cuda/(emulator/.*|(backend|runtime)\.h)|$core"
 may_include "src/model.h src/model.cpp src/head.h src/head.cpp src/arena.h src/arena.cpp" \

@@ -11,6 +11,7 @@
 #include "cuda/emulator/sanitizers.h"
 #include "cuda/emulator/settings.h"
 #include "src/fail.h"
+#include "src/host_memory.h"
 
 namespace orpo::emulator {
 
@@ -54,7 +55,7 @@ const std::pair<const char* const, Block>* block_before(const char* p) {
 
 void* allocate_device_memory(size_t bytes) {
   const auto lock = locked();
-  if (static_cast<int64_t>(bytes) > device_bytes_free()) return nullptr;
+  if (settings.device_bytes && static_cast<int64_t>(bytes) > device_bytes_free()) return nullptr;
   const size_t used = round_up(std::max<size_t>(bytes, 1), alignment);
   Block block{nullptr, round_up(used, page), bytes};
   void* pages = mmap(nullptr, block.page_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -143,7 +144,10 @@ int64_t device_bytes_total() {
   return static_cast<int64_t>(machine.totalram) * machine.mem_unit;
 }
 
-int64_t device_bytes_free() { return std::max<int64_t>(0, device_bytes_total() - device_bytes_in_use()); }
+int64_t device_bytes_free() {
+  if (!settings.device_bytes) return available_memory();
+  return std::max<int64_t>(0, settings.device_bytes - device_bytes_in_use());
+}
 
 DeviceRuns::DeviceRuns() {
   const auto lock = locked();

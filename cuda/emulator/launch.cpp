@@ -16,8 +16,8 @@ void check_launch(dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
 
 void run(Launch& launch) {
   const auto work = [&launch] {
-    thread_local Engine own;
-    own.run(launch);
+    thread_local const auto own = std::make_unique<Engine>();  // too large for a plugin's thread-local memory
+    own->run(launch);
   };
   release(&launch.started);
   if (settings.threads <= 1 || thread_sanitizer) {  // OpenMP's own synchronisation is hidden from ThreadSanitizer

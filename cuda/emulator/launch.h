@@ -35,6 +35,7 @@ template <class... Parameters, class... Arguments> void launch(void (*kernel)(Pa
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
   };
+  if (rehearses(stream.stream)) return;
   last_operations.note(stream.where);
   emulator::check_launch(grid, block, dynamic_shared_bytes);
   const auto call = std::make_shared<Call>(Call{kernel, {Parameters(std::forward<Arguments>(arguments))...}});

@@ -40,6 +40,7 @@ struct Device {
   std::shared_ptr<Queue> default_queue;
   std::vector<std::weak_ptr<Queue>> queues;
   std::string error;
+  int64_t allocations = 0, waits = 0;
   std::set<CUstream_st*> streams;
   std::set<CUevent_st*> events;
   std::unique_lock<std::recursive_mutex> locked() { return std::unique_lock(mutex); }

@@ -44,6 +44,12 @@ template <class Body> cudaError_t call(const char* name, cudaStream_t stream, co
 }
 template <class Body> cudaError_t call(const char* name, Body&& body) { return call(name, nullptr, nullptr, body); }
 
+// A call that waits for the stream up to here.
+void wait_for(Queue& queue, uint64_t position) {
+  device().waits += queue.done < position;
+  run_until(queue, position);
+}
+
 Mark end_of(cudaStream_t stream) {
   const auto& queue = stream ? stream->queue : device().default_queue;
   return {queue, queue->issued};
@@ -62,6 +68,7 @@ void forget_misuse() { misuse.clear(); }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   return call("cudaMalloc", [&] {
+    device().allocations += 1;
     *memory = bytes ? allocate_device_memory(bytes) : nullptr;
     if (*memory || !bytes) return cudaSuccess;
     last_text = concat("out of memory: ", bytes, " bytes asked for, ", device_bytes_free(), " free");
@@ -81,6 +88,7 @@ cudaError_t cudaFree(void* memory) {
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned flags) {
   return call("cudaHostAlloc", [&] {
     if (flags != cudaHostAllocDefault) return refuse_call(cudaErrorInvalidValue, "cudaHostAlloc: flags ", flags);
+    device().allocations += 1;
     *memory = allocate_pinned_memory(bytes);
     return *memory ? cudaSuccess : last_error = cudaErrorMemoryAllocation;
   });
@@ -169,7 +177,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return call("cudaStreamSynchronize", stream, nullptr, [&] {
-    run_until(queue_of(stream), queue_of(stream).issued);
+    wait_for(queue_of(stream), queue_of(stream).issued);
     return cudaSuccess;
   });
 }
@@ -187,7 +195,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 cudaError_t cudaDeviceSynchronize() {
   return call("cudaDeviceSynchronize", [&] {
     for (const std::weak_ptr<Queue>& other : device().queues)
-      if (const auto queue = other.lock()) run_until(*queue, queue->issued);
+      if (const auto queue = other.lock()) wait_for(*queue, queue->issued);
     return cudaSuccess;
   });
 }
@@ -229,7 +237,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return call("cudaEventSynchronize", nullptr, &event, [&] {
-    if (event->mark.queue) run_until(*event->mark.queue, event->mark.position);
+    if (event->mark.queue) wait_for(*event->mark.queue, event->mark.position);
     return cudaSuccess;
   });
 }

@@ -17,7 +17,7 @@ struct Settings {
   uint64_t seed = 1;
   int threads = 1;                 // of the operating system; blocks are dealt to them
   size_t stack_bytes = 128 << 10;  // of a CUDA thread
-  int64_t device_bytes = 0;        // memory of the device; 0: what the machine has
+  int64_t device_bytes = 0;        // memory of the device; 0: what the host has free
 };
 inline Settings settings;
 

@@ -88,6 +88,8 @@ bool has_pending_work() {
   });
 }
 
+int64_t allocations_made() { return device().allocations; }
+int64_t waits_made() { return device().waits; }
 int64_t live_streams() { return static_cast<int64_t>(device().streams.size()); }
 int64_t live_events() { return static_cast<int64_t>(device().events.size()); }
 

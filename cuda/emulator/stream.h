@@ -24,6 +24,8 @@ void restart_device();
 
 void wait_for_everything();  // runs all that was asked for; throws MachineError where the device fails
 bool has_pending_work();
+int64_t allocations_made();  // by cudaMalloc and cudaHostAlloc, so far
+int64_t waits_made();        // calls that made the host wait for work, so far
 int64_t live_streams();
 int64_t live_events();
 

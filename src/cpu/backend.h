@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "src/backend.h"
+#include "src/host_memory.h"
 
 namespace orpo {
 
@@ -20,6 +21,8 @@ class CpuBackend final : public Backend {
   void download(void* host, const Tensor& device) override;
   void zero(const Tensor& x) override;
   void synchronize() override {}
+  int64_t free_memory() const override { return available_memory(); }
+  int64_t peak_memory() const override { return peak_resident_bytes(); }
   void begin(int layer, Pass pass) override;
 
   void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens, const Tensor& position_weight,

@@ -1,42 +1,100 @@
 // The device's memory: allocation, copies, and what its kernels refused.
 #include "cuda/gpu.cuh"
+#include "cuda/products.h"
+#include "cuda/transfers.h"
 
 namespace orpo {
 
-CudaBackend::CudaBackend() : refused_(static_cast<Refused*>(gpu_allocate(sizeof(Refused)))) {
-  gpu_check("streams", cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
+namespace {
+
+bool rehearses(CudaBackend::Purpose purpose) { return purpose == CudaBackend::Purpose::rehearses; }
+
+}  // namespace
+
+CudaBackend::CudaBackend(Purpose purpose) {
+  if (rehearses(purpose)) {
+    compute_ = rehearsal_stream();
+    return;
+  }
+  cudaDeviceProp properties;
+  gpu_check("the device's name", cudaGetDeviceProperties(&properties, 0));
+  device_name_ = properties.name;
+  gpu_check("a stream", cudaStreamCreateWithFlags(&compute_, cudaStreamNonBlocking));
+  refused_ = static_cast<Refused*>(gpu_allocate(sizeof(Refused)));
   gpu_zero(refused_, sizeof(Refused), compute_);
+  uploads_ = std::make_unique<Uploads>(compute_);
+  downloads_ = std::make_unique<Downloads>(compute_);
+  count_memory(fixed_bytes());
 }
 
 CudaBackend::~CudaBackend() {
+  if (orpo::rehearses(compute_)) return;
   cudaStreamSynchronize(compute_);
+  uploads_.reset(), downloads_.reset(), products_.reset();
   gpu_release(scratch_);
   gpu_release(refused_);
   cudaStreamDestroy(compute_);
 }
 
-void* CudaBackend::allocate(int64_t bytes) { return gpu_allocate(bytes); }
-void CudaBackend::release(void* memory, int64_t) {
+int64_t CudaBackend::fixed_bytes() const {
+  return static_cast<int64_t>(sizeof(Refused) + MatrixProducts::workspace_bytes) + Uploads::device_bytes;
+}
+
+void CudaBackend::count_memory(int64_t bytes) {
+  memory_ += bytes;
+  most_memory_ = std::max(most_memory_, memory_);
+}
+
+void* CudaBackend::allocate(int64_t bytes) {
+  void* memory = nullptr;
+  const cudaError_t status = cudaMalloc(&memory, static_cast<size_t>(bytes));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    fail_machine("the GPU has no ", bytes, " bytes of memory (", free_memory(),
+                 " free); use fewer --micro-tokens or a smaller model");
+  }
+  gpu_check("allocate", status);
+  count_memory(bytes);
+  return memory;
+}
+
+void CudaBackend::release(void* memory, int64_t bytes) {
+  if (!memory) return;
   cudaStreamSynchronize(compute_);
   gpu_release(memory);
+  count_memory(-bytes);
 }
 
 void* CudaBackend::reserve_scratch(int64_t bytes) {
   if (bytes <= scratch_bytes_) return scratch_;
-  gpu_wait(compute_);
-  gpu_release(scratch_);
-  scratch_bytes_ = 0;
-  scratch_ = gpu_allocate(bytes);
+  if (!orpo::rehearses(compute_)) {
+    gpu_wait(compute_);
+    gpu_release(std::exchange(scratch_, nullptr));
+    count_memory(-std::exchange(scratch_bytes_, 0));
+    scratch_ = allocate(bytes);
+  }
   scratch_bytes_ = bytes;
   return scratch_;
 }
 
+int64_t CudaBackend::workspace_bytes() const { return fixed_bytes() + scratch_bytes_; }
+void CudaBackend::reserve_workspace(int64_t bytes) {
+  reserve_scratch(bytes - fixed_bytes());
+  products();
+}
+
+int64_t CudaBackend::free_memory() const {
+  size_t free = 0, total = 0;
+  gpu_check("the device's memory", cudaMemGetInfo(&free, &total));
+  return static_cast<int64_t>(free);
+}
+int64_t CudaBackend::peak_memory() const { return most_memory_; }
+
 void CudaBackend::upload(const Tensor& device, const void* host) {
-  gpu_upload(device.data, host, device.bytes(), compute_);
+  if (uploads_) uploads_->copy(device.data, host, device.bytes());
 }
 void CudaBackend::download(void* host, const Tensor& device) {
-  gpu_download(host, device.data, device.bytes(), compute_);
-  gpu_wait(compute_);
+  if (downloads_) downloads_->copy(host, device.data, device.bytes());
 }
 void CudaBackend::zero(const Tensor& x) { gpu_zero(x.data, x.bytes(), compute_); }
 
@@ -99,7 +157,7 @@ Message message_of(Refused::Kind kind) {
 }  // namespace
 
 void CudaBackend::synchronize() {
-  Refused refused;
+  Refused refused{};
   gpu_download(&refused, refused_, sizeof refused, compute_);
   gpu_wait(compute_);
   if (refused.kind == Refused::nothing) return;
