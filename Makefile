@@ -35,7 +35,8 @@ fuzzers  := $(patsubst tests/fuzz/%.cpp,build/fuzz/%,$(wildcard tests/fuzz/*.cpp
 # ThreadSanitizer does not see how OpenMP's threads wait for each other: its tests are those of the emulator and of the
 # rooms on it.
 ifeq ($(BUILD),thread)
-tests    := $(patsubst %.cpp,$(OUT)/%.o,tests/main.cpp $(wildcard tests/emulat*.cpp) $(rooms:%=tests/%.cpp))
+tests    := $(patsubst %.cpp,$(OUT)/%.o,tests/main.cpp tests/gpu.cpp $(wildcard tests/emulat*.cpp) \
+              $(rooms:%=tests/%.cpp))
 tested   := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard src/cpu/*.cpp) src/host_memory.cpp)
 endif
 binaries := $(programs:%=$(if $(filter build/release,$(OUT)),,$(OUT)/)orpo_%)
@@ -49,7 +50,7 @@ ifeq ($(MAKELEVEL)$(filter -j% --jobs%,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 
-.PHONY: all cuda cuda-emulated run bench bench-peer bench-llmc test test-real deps rooms fuzz gpu-report race-proof clean help
+.PHONY: all cuda cuda-emulated run bench bench-peer bench-llmc test test-real deps rooms fuzz gpu-report race-proof gpu-check clean help
 .DELETE_ON_ERROR:
 
 # With nvcc the GPUs' plugin too; it takes minutes the first time.
@@ -182,6 +183,13 @@ build/gpu/%.log: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h src/*.h)
 	@mkdir -p $(@D)
 	@$(NVCC) -std=c++20 -O3 -I. $(build_flag) $(gpu_archs) -Xptxas -v -c -o $(@:.log=.o) $< 2>$@ || { cat $@; exit 1; }
 
+# All that a real GPU has to say, in one report, build/gpu_check.md. DEVICE=cuda-emulated: what needs no GPU, on the
+# emulator. MODEL=DIR: another model than SmolLM2-135M-Instruct (tools/real_model.sh build/real brings it).
+DEVICE ?= cuda
+gpu-check: deps
+	@$(MAKE) --no-print-directory all $(DEVICE) $(test_files) $(OUT)/orpo_bench
+	@tools/gpu_check.py --device $(DEVICE) $(if $(MODEL),--model $(MODEL)) $(if $(QUICK),--quick)
+
 # Races and barriers, proven on the PTX by sentryward (PyPI): every kernel it can read. Needs nvcc and Python.
 race-proof: build/race/bin/sentryward
 	@build/race/bin/python tools/race_proof.py
@@ -211,6 +219,7 @@ help:
 	@echo "make cuda       the GPUs' plugin (nvcc; CUDA_ARCH=90a: one architecture); make cuda-emulated: the emulator's"
 	@echo "make fuzz       fuzz targets of every parser in build/fuzz (clang)"
 	@echo "make gpu-report compile the kernels for sm_80 and sm_90a: resources, costs, predicted steps (nvcc, no GPU)"
+	@echo "make gpu-check  everything that needs a GPU, one report (DEVICE=cuda-emulated QUICK=1: without one, on the emulator)"
 	@echo "make race-proof prove kernels free of races (nvcc, Python, network once; no GPU)"
 	@echo "make rooms      check that every operation has its files and that includes follow the arrows"
 

@@ -66,7 +66,7 @@ void measure_demonstration(Bench& bench, Json& list) {
 
 // --only operations: each alone, on any device.
 int bench_operations(const Options& options) {
-  const std::unique_ptr<Backend> backend = make_cpu_backend(options.threads);
+  const std::unique_ptr<Backend> backend = open_backend(options);
   Json list = Json::array();
   for (const DType dtype : dtypes(options)) {
     list.push_back(measure_operations(*backend, dtype, operation_shape(options.shape), options.quick ? 0 : 0.2));

@@ -241,7 +241,7 @@ std::vector<Option> build_table() {
                           {{"auto", DTypeChoice::automatic}, {"bf16", DTypeChoice::bf16}, {"fp32", DTypeChoice::fp32}}),
       "weights and activations; auto: bf16 where the machine computes in it")
       .insists();
-  add(train | eval | generate,
+  add(train | eval | generate | bench,
       choice<DeviceChoice>("device", &O::device,
                            {{"auto", DeviceChoice::automatic},
                             {"cpu", DeviceChoice::cpu},

@@ -39,21 +39,29 @@ struct Device {
   bool emulated = false;
 };
 
-// The emulated GPU comes once for each order of its threads.
+// The emulated GPU comes once for each order of its threads; a real one, where the environment asks for it, alone.
 inline const std::vector<Device>& devices() {
-  const auto emulated = [](const char* name, emulator::Settings settings) {
-    return Device{name, [settings] { return make_emulated_backend(settings); }, {DType::f32, DType::bf16}, true};
-  };
-  using emulator::Order;
-  static const std::vector<Device> all{
-      emulated("cuda-emulated, reverse", {.order = Order::reverse}),
+  static const std::vector<Device> all = [] {
+    std::vector<Device> list;
+    const std::vector<DType> dtypes{DType::f32, DType::bf16};
+    const auto emulated = [&](const char* order, emulator::Settings settings) {
+      list.push_back({std::string("cuda-emulated, ") + order, [settings] { return make_emulated_backend(settings); },
+                      dtypes, true});
+    };
+    using emulator::Order;
+    if (tests_device("cuda")) list.push_back({"cuda", make_gpu_backend, dtypes});
+    if (tests_device("cuda-emulated")) emulated("reverse", {.order = Order::reverse});
 #ifndef __SANITIZE_THREAD__  // in any order it sees the same races; and not how OpenMP's threads wait for each other
-      {"cpu", [] { return make_cpu_backend(0); }, {DType::f64, DType::f32, DType::bf16}},
-      emulated("cuda-emulated, forward", {.order = Order::forward}),
-      emulated("cuda-emulated, random, two threads", {.order = Order::random, .seed = 1, .threads = 2}),
-      emulated("cuda-emulated, another random", {.order = Order::random, .seed = 2}),
+    if (tests_device("cuda-emulated")) {
+      emulated("forward", {.order = Order::forward});
+      emulated("random, two threads", {.order = Order::random, .seed = 1, .threads = 2});
+      emulated("another random", {.order = Order::random, .seed = 2});
+    }
+    if (tests_device("cpu"))
+      list.push_back({"cpu", [] { return make_cpu_backend(0); }, {DType::f64, DType::f32, DType::bf16}});
 #endif
-  };
+    return list;
+  }();
   return all;
 }
 

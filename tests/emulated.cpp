@@ -1,7 +1,10 @@
 #include "tests/emulated.h"
 
+#include <cstdlib>
+
 #include "cuda/backend.h"
 #include "cuda/emulator/stream.h"
+#include "src/device.h"
 
 namespace orpo::test {
 
@@ -24,6 +27,19 @@ std::unique_ptr<Backend> make_emulated_backend(const emulator::Settings& setting
   emulator::restart_device();  // whatever failed before
   emulator::settings = settings;
   return std::make_unique<EmulatedBackend>();
+}
+
+bool tests_device(const std::string& name) {
+  const char* chosen = std::getenv("ORPO_TEST_DEVICE");
+  return chosen ? name == chosen : name != "cuda";
+}
+
+std::unique_ptr<Backend> make_gpu_backend() {
+#ifdef __SANITIZE_THREAD__  // whose tests stand on the emulator alone
+  return nullptr;
+#else
+  return tests_device("cuda") ? Device::open(DeviceChoice::cuda).make_backend(0) : nullptr;
+#endif
 }
 
 uint64_t downloaded(const Backend& backend) { return dynamic_cast<const EmulatedBackend&>(backend).hash; }
