@@ -109,8 +109,8 @@ TEST_CASE("linear: adds to what is there: out and din of a second product") {
                      b = rounded(random_values(c.n * c.k, 2), dtype),
                      g = rounded(random_values(c.rows * c.n, 3), dtype),
                      shift = with_bias ? rounded(random_values(c.n, 4), dtype) : Values{},
-                     before = rounded(random_values(c.rows * c.n, 5, -9, 9), dtype),
-                     dbefore = rounded(random_values(c.rows * c.k, 6, -9, 9), dtype), bt = transposed(b, c.n, c.k);
+                     before = rounded(random_values(c.rows * c.n, 5), dtype),
+                     dbefore = rounded(random_values(c.rows * c.k, 6), dtype), bt = transposed(b, c.n, c.k);
         DeviceTensor in(backend, dtype, {c.rows, c.k}, a), weight(backend, dtype, {c.n, c.k}, b),
             out(backend, dtype, {c.rows, c.n}, before), dout(backend, dtype, {c.rows, c.n}, g),
             din(backend, dtype, {c.rows, c.k}, dbefore), bias(backend, dtype, {c.n}, with_bias ? shift : Values(c.n));
