@@ -18,8 +18,10 @@ __global__ void double_kernel(float* x, int count) {
 }
 __global__ void overrun_kernel(float* x) { x[1 << 8] = 1; }  // in the page that guards the end
 __global__ void deadlock_kernel(float* x) {
-  if (threadIdx.x < 32) __syncthreads();
-  x[threadIdx.x] = 1;
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    x[threadIdx.x - 32] = 1;
 }
 
 constexpr int count = 32;
