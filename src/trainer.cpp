@@ -120,7 +120,7 @@ void StepNumbers::read() {
   std::vector<double> host(static_cast<size_t>(all.elements()));
   model_.backend.download(host.data(), all);
   pairs.resize(static_cast<size_t>(taken_));
-  std::memcpy(pairs.data(), host.data(), static_cast<size_t>(results) * sizeof(double));
+  if (results > 0) std::memcpy(pairs.data(), host.data(), static_cast<size_t>(results) * sizeof(double));
   gradients.squares.assign(host.begin() + results, host.end());
   gradients.norm = std::sqrt(std::accumulate(gradients.squares.begin(), gradients.squares.end(), 0.0));
 }
