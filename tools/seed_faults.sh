@@ -1,11 +1,13 @@
 #!/bin/bash
 # Puts each fault of tests/FAULTS.md into a copy of the tree and demands that the named tests fail there. Prints
 # `N passed, N failed`: a fault that no test notices is a failure of the tests.
-# Usage: tools/seed_faults.sh [PATTERN]     only faults whose name contains PATTERN; JOBS=N copies at a time (a core each)
+# Usage: tools/seed_faults.sh [PATTERN]     only faults whose name contains PATTERN; JOBS=N copies at a time (a core each);
+# SHARE=I/N every N-th fault from the I-th (0 to N - 1) on
 set -uo pipefail
 cd "$(dirname "$0")/.."
 pattern=${1:-}
 jobs=${JOBS:-$(nproc)}
+share=${SHARE:-0/1}
 worker=${WORKER:-}  # set in the processes that this script starts of itself: takes every jobs-th fault
 copy=build/faults/${worker:-0}
 passed=0 failed=0
@@ -18,7 +20,7 @@ if [[ -z $worker ]]; then
   [[ ! -d build/release ]] || cp -a build/release build/.packages $copy/build/
 fi
 # What a fault touches is compiled quickly rather than well: the tests ask for right or wrong.
-build() { make -s -j2 -C $copy flags.release='-O1 -g0' all build/release/orpo_tests >$copy/log 2>&1; }
+build() { make -s -j2 -C $copy flags.release='-O1 -g0' orpo_train orpo_eval orpo_data orpo_generate build/release/orpo_tests >$copy/log 2>&1; }
 # The objective is included everywhere, by way of backend.h, and used in few places. Those alone are built anew: its time
 # stamp stays what it was, and the objects go of every source that names one of its functions or includes a header that does.
 touch_users() {
@@ -52,11 +54,12 @@ if [[ -z $worker ]]; then
 fi
 
 # Rows of the table in FAULTS.md: | name | file | sed expression | tests (doctest pattern) |
-number=0
+number=0 row=0
 while IFS='|' read -r _ name file expression tests _; do
   name=$(echo "$name" | sed "s|^ *||; s| *$||") file=$(echo "$file" | tr -d ' `') tests=$(echo "$tests" | sed 's/^ *`//; s/` *$//')
   expression=$(echo "$expression" | sed 's/^ *`//; s/` *$//')
   [[ $name == *"$pattern"* ]] || continue
+  ((row++ % ${share#*/} == ${share%/*})) || continue
   ((number++ % jobs == worker)) || continue
   cp -p "$copy/$file" "$copy/unbroken"
   sed -i "$expression" "$copy/$file"
