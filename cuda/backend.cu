@@ -23,7 +23,7 @@ CudaBackend::CudaBackend(Purpose purpose) {
   refused_ = static_cast<Refused*>(gpu_allocate(sizeof(Refused)));
   gpu_zero(refused_, sizeof(Refused), compute_);
   uploads_ = std::make_unique<Uploads>(compute_);
-  downloads_ = std::make_unique<Downloads>(compute_);
+  downloads_ = std::make_unique<Downloads>(compute_, refused_);
   count_memory(fixed_bytes());
 }
 
@@ -94,7 +94,7 @@ void CudaBackend::upload(const Tensor& device, const void* host) {
   if (uploads_) uploads_->copy(device.data, host, device.bytes());
 }
 void CudaBackend::download(void* host, const Tensor& device) {
-  if (downloads_) downloads_->copy(host, device.data, device.bytes());
+  if (downloads_) report(downloads_->copy(host, device.data, device.bytes()));
 }
 void CudaBackend::zero(const Tensor& x) { gpu_zero(x.data, x.bytes(), compute_); }
 
@@ -160,6 +160,10 @@ void CudaBackend::synchronize() {
   Refused refused{};
   gpu_download(&refused, refused_, sizeof refused, compute_);
   gpu_wait(compute_);
+  report(refused);
+}
+
+void CudaBackend::report(const Refused& refused) {
   if (refused.kind == Refused::nothing) return;
   gpu_zero(refused_, sizeof(Refused), compute_);
   const Message message = message_of(static_cast<Refused::Kind>(refused.kind));

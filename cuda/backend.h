@@ -12,7 +12,8 @@ namespace orpo {
 using GpuStream = CUstream_st*;
 
 // What the device found that the host could not see when it launched: an index out of range. Kernels skip what they
-// refuse and note one such case; synchronize() throws it as the MachineError that the CPU backend throws at once.
+// refuse and note one such case; synchronize() and download() throw it as the MachineError that the CPU
+// backend throws at once.
 struct RefusedNumbers {
   int64_t n[6];  // what they are is in the kind's message (backend.cu)
 };
@@ -45,7 +46,7 @@ struct Refused {
 
 struct Product;  // products.h
 class MatrixProducts;
-class Uploads;    // transfers.h
+class Uploads;  // transfers.h
 class Downloads;
 
 class CudaBackend : public Backend {
@@ -116,7 +117,8 @@ class CudaBackend : public Backend {
   void* reserve_scratch(int64_t bytes);
   MatrixProducts& products();  // made when first asked for
   void multiply(const Product& product, std::source_location asked = std::source_location::current());
-  int64_t fixed_bytes() const;  // of the workspace: what does not depend on shapes
+  int64_t fixed_bytes() const;          // of the workspace: what does not depend on shapes
+  void report(const Refused& refused);  // throws where it is something
   void count_memory(int64_t bytes);
 
   std::string device_name_;      // "NVIDIA H100 80GB HBM3"

@@ -42,12 +42,14 @@ void Uploads::take_turns() {
   half.used = 0;
 }
 
-void Downloads::copy(void* host, const void* device, int64_t bytes) {
+Refused Downloads::copy(void* host, const void* device, int64_t bytes) {
+  if (bytes == 0) return {};
   const std::lock_guard lock(mutex_);
   char* to = static_cast<char*>(host);
   const char* from = static_cast<const char*>(device);
   asked_.mark(compute_);
   asked_.make_wait(copies_);
+  copy_async(note_.data(), refused_, sizeof(Refused), cudaMemcpyDeviceToHost, copies_);
   // While one half is read, the other one fills.
   const int64_t chunks = (bytes + half_bytes - 1) / half_bytes;
   const auto length = [&](int64_t chunk) { return std::min(half_bytes, bytes - chunk * half_bytes); };
@@ -63,6 +65,9 @@ void Downloads::copy(void* host, const void* device, int64_t bytes) {
       std::memcpy(to + (chunk - 1) * half_bytes, half.pinned.data(), static_cast<size_t>(length(chunk - 1)));
     }
   }
+  Refused refused;
+  std::memcpy(&refused, note_.data(), sizeof refused);
+  return refused;
 }
 
 }  // namespace orpo

@@ -86,14 +86,14 @@ class Uploads {
   OwnedStream copies_;
 };
 
-// Device to host, from any thread, one after the other.
+// Device to host, from any thread, one after the other; with each comes what the kernels refused before it.
 class Downloads {
  public:
   static constexpr int64_t half_bytes = 1 << 20;
 
-  explicit Downloads(GpuStream compute) : compute_(compute) {}
+  Downloads(GpuStream compute, const Refused* refused) : compute_(compute), refused_(refused) {}
   // host = device as it is after what compute was given so far; returns when it is there.
-  void copy(void* host, const void* device, int64_t bytes);
+  Refused copy(void* host, const void* device, int64_t bytes);
 
  private:
   struct Half {
@@ -103,6 +103,8 @@ class Downloads {
 
   std::mutex mutex_;
   GpuStream compute_;
+  const Refused* refused_;  // on the device
+  PinnedMemory note_{sizeof(Refused)};
   OwnedEvent asked_;
   Half halves_[2];
   OwnedStream copies_;

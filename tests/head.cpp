@@ -94,6 +94,9 @@ TEST_CASE("head: gather and scatter_add; a row named twice receives both") {
                   "target row 3 is 97 of 97");
     check_refuses([&] { backend.scatter_add(dout, din, outside), backend.synchronize(); }, "scatter_add",
                   "target row 3 is 97 of 97");
+    // A training step asks for no more than its download.
+    check_refuses([&] { backend.gather(out, in, outside), out.values(); }, "gather", "target row 3 is 97 of 97");
+    CHECK_NOTHROW(out.values());
     check_refuses([&] { backend.gather(out, narrow, index); }, "gather", "stream is [97, 36]");
     check_refuses([&] { backend.scatter_add(narrow, din, index); }, "scatter_add", "stream is [97, 36]");
   });
