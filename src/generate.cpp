@@ -70,24 +70,12 @@ Language open_language(const Options& options) {
   return language;
 }
 
-// The longest sequence that any prompt may come to, later turns and all answers included.
-int64_t longest_sequence(const Language& language, const std::vector<Prompt>& prompts, const Options& options) {
-  int64_t longest = 0;
-  for (const Prompt& prompt : prompts) {
-    std::vector<Message> messages = prompt.messages;
-    for (const std::string& turn : prompt.more)
-      messages.push_back({"assistant", "a"}), messages.push_back({"user", turn});
-    const auto turns = static_cast<int64_t>(prompt.more.size()) + 1;
-    // An answer's text may take more tokens, read again, than it was made of: room for a tenth more.
-    longest = std::max(longest, static_cast<int64_t>(language.encode(messages).size()) +
-                                    turns * options.max_new_tokens * (turns > 1 ? 11 : 10) / 10);
-  }
-  return longest;
-}
-
 // Answers to one turn of all prompts, a batch after the other.
-std::vector<std::string> answer(const std::vector<Tokens>& prompts, const Language& language, DeviceModel& model,
-                                const Options& options, int64_t number) {
+std::vector<std::string> answer(const std::vector<Tokens>& prompts, const Language& language,
+                                const ModelDescription& description, const Options& options, int64_t number) {
+  DecodingLimits limits = decoding_limits(description.config, prompts, options.max_new_tokens);
+  limits.sequences = std::min(limits.sequences, options.batch_prompts);
+  LoadedModel loaded(options, description, limits);  // anew for each turn, whose lengths are known now
   const SamplingSettings settings{options.temperature, options.top_p, options.repetition_penalty, options.seed};
   std::vector<std::string> answers;
   while (answers.size() < prompts.size()) {
@@ -97,61 +85,62 @@ std::vector<std::string> answer(const std::vector<Tokens>& prompts, const Langua
     const size_t count = std::min<size_t>(options.batch_prompts, prompts.size() - answers.size());
     const std::span<const Tokens> batch(prompts.data() + answers.size(), count);
     Sampler sampler(settings, batch, number + static_cast<int64_t>(answers.size()));
-    for (const Tokens& ids : decode(model, batch, language.stops, options.max_new_tokens, std::ref(sampler)))
+    for (const Tokens& ids : decode(loaded.model(), batch, language.stops, options.max_new_tokens, std::ref(sampler)))
       answers.push_back(language.tokenizer->decode(ids, true));
     console().progress(concat("prompt ", answers.size(), "/", prompts.size()), answers.size() == prompts.size());
   }
   return answers;
 }
 
-// Whose positions are too few is said before anything is computed.
-void check_lengths(const std::vector<Tokens>& prompts, const Config& config) {
-  for (size_t i = 0; i < prompts.size(); ++i)
-    if (static_cast<int64_t>(prompts[i].size()) >= config.max_positions)
-      fail("--prompts: prompt ", i + 1, " has ", prompts[i].size(), " tokens; the model's ", config.max_positions,
-           " positions leave none for an answer");
+// Answers to all turns of all prompts. Turn by turn: those that have one more go on together.
+std::vector<std::vector<std::string>> answer_all(const std::vector<Prompt>& prompts, const Language& language,
+                                                 const Options& options) {
+  const ModelDescription description = read_model_config(options.model);
+  const int64_t positions = description.config.max_positions;
+  std::vector<std::vector<std::string>> answers(prompts.size());
+  std::vector<std::vector<Message>> conversations;
+  for (const Prompt& prompt : prompts) conversations.push_back(prompt.messages);
+  for (size_t turn = 0;; ++turn) {
+    std::vector<size_t> going;
+    std::vector<Tokens> tokens;
+    bool more = false;
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      if (turn > prompts[i].more.size()) continue;
+      more = true;
+      if (turn > 0) conversations[i].push_back({"user", prompts[i].more[turn - 1]});
+      Tokens ids = language.encode(conversations[i]);
+      const auto length = static_cast<int64_t>(ids.size());
+      const std::string room = concat("prompt ", i + 1, " has ", length, " tokens; the model's ", positions,
+                                      " positions leave none for an answer");
+      if (length < positions) {
+        going.push_back(i), tokens.push_back(std::move(ids));
+      } else if (turn == 0) {  // nothing is lost yet
+        fail(options.prompts.empty() ? "--prompt: " : "--prompts: ", room);
+      } else {
+        console().say("turn ", turn + 1, ": ", room, ": it stays empty");
+        answers[i].emplace_back();
+      }
+    }
+    if (!more) return answers;
+    if (going.empty()) continue;
+    const auto number = static_cast<int64_t>(turn * prompts.size());
+    const std::vector<std::string> texts = answer(tokens, language, description, options, number);
+    for (size_t k = 0; k < going.size(); ++k) {
+      answers[going[k]].push_back(texts[k]);
+      conversations[going[k]].push_back({"assistant", texts[k]});
+    }
+  }
 }
 
 int generate(const Options& options) {
-  const ModelDescription description = read_model_config(options.model);
   const Language language = open_language(options);
   PromptFile file;
   if (options.prompts.empty())
     file.prompts.push_back({Json{{"prompt", options.prompt}}, {{"user", options.prompt}}, {}});
   else
     file = read_prompts(options.prompts);
-  std::vector<std::vector<Message>> conversations;
-  std::vector<Tokens> first;
-  for (const Prompt& prompt : file.prompts) {
-    conversations.push_back(prompt.messages);
-    first.push_back(language.encode(prompt.messages));
-  }
-  check_lengths(first, description.config);
-
-  const int64_t positions =
-      std::min(longest_sequence(language, file.prompts, options), description.config.max_positions);
-  const auto together = std::min<int64_t>(options.batch_prompts, static_cast<int64_t>(first.size()));
-  LoadedModel loaded(options, description, {together, positions, positions});
   catch_stop_signals();
-  std::vector<std::vector<std::string>> answers(file.prompts.size());
-  // Turn by turn: those that have one more go on together.
-  for (size_t turn = 0;; ++turn) {
-    std::vector<size_t> going;
-    std::vector<Tokens> prompts;
-    for (size_t i = 0; i < file.prompts.size(); ++i) {
-      if (turn > file.prompts[i].more.size()) continue;
-      if (turn > 0) conversations[i].push_back({"user", file.prompts[i].more[turn - 1]});
-      going.push_back(i), prompts.push_back(turn == 0 ? first[i] : language.encode(conversations[i]));
-    }
-    if (going.empty()) break;
-    check_lengths(prompts, description.config);
-    const auto number = static_cast<int64_t>(turn * file.prompts.size());
-    const std::vector<std::string> texts = answer(prompts, language, loaded.model(), options, number);
-    for (size_t k = 0; k < going.size(); ++k) {
-      answers[going[k]].push_back(texts[k]);
-      conversations[going[k]].push_back({"assistant", texts[k]});
-    }
-  }
+  const std::vector<std::vector<std::string>> answers = answer_all(file.prompts, language, options);
 
   std::string name = options.model_id;
   if (name.empty()) name = fs::weakly_canonical(options.model).filename().string();

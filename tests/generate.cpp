@@ -171,6 +171,14 @@ TEST_CASE("generate: the program answers, alike whatever is answered beside, and
   CHECK(Json::parse(turns.out)["choices"][0]["turns"].size() == 3);
   CHECK(Json::parse(turns.out)["model_id"] == "tiny");
 
+  // What the second turn has no room for is left out, and the rest is kept.
+  std::ofstream(folder.path() / "long.jsonl")
+      << Json{{"question_id", 6}, {"turns", {"One?", std::string(20000, 'w')}}}.dump();
+  const Outcome endless = generate({"--prompts", folder.path() / "long.jsonl"});
+  REQUIRE_MESSAGE(endless.status == 0, endless.err);
+  CHECK(holds(endless.err, "turn 2: prompt 1 has"));
+  CHECK(Json::parse(endless.out)["choices"][0]["turns"][1] == "");
+
   const auto refused = [&](std::vector<std::string> more) {
     const Outcome o = generate(more);
     CHECK(o.status == 2);
