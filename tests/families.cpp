@@ -193,7 +193,7 @@ TEST_CASE("families: the part of a key bias that no rotation turns gets no gradi
 }
 
 TEST_CASE("families: planned is used, to the byte") {
-  for (const Config& config : {odd_phi_config(), odd_opt_config(), odd_qwen2_config()})
+  for (const Config& config : odd_family_configs())
     for (const bool recompute : {false, true}) {
       CAPTURE(config.family);
       PlanRequest r;
@@ -225,7 +225,7 @@ TEST_CASE("families: a run trains, saves, resumes bit for bit and evaluates") {
           "--epochs",      "3"};
       words.insert(words.end(), more.begin(), more.end());
       const Outcome outcome = run("orpo_train", words, folder.path());
-      CHECK_MESSAGE(outcome.status == 0, outcome.err);
+      REQUIRE_MESSAGE(outcome.status == 0, outcome.err);
     };
     train("straight", {"--save-every", "4", "--keep", "9"});
     train("resumed", {"--resume", folder.path() / "straight/checkpoint-4"});
