@@ -120,7 +120,8 @@ struct Backend {
   virtual void embedding_forward(const Tensor& out, const Tensor& weight, const Tensor& tokens,
                                  const Tensor& position_weight, const Tensor& positions) = 0;
   // dweight[vocab, width] A += dout[rows, width] T, rows of equal tokens added in row order; those of the token
-  // `padding` (-1: none) add nothing.  dposition_weight[n, width] A += dout likewise by positions. Either may be absent.
+  // `padding` (-1: none) add nothing.  dposition_weight[n, width] A += dout likewise by positions. Either may be
+  // absent.
   virtual void embedding_backward(const Tensor& dweight, const Tensor& dposition_weight, const Tensor& dout,
                                   const Tensor& tokens, const Tensor& positions, int64_t padding) = 0;
 

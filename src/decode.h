@@ -54,8 +54,8 @@ int32_t most_probable(std::span<const float> logits, int64_t sequence);
 DecodingLimits decoding_limits(const Config& config, std::span<const Tokens> prompts, int64_t max_tokens);
 
 // A continuation of each prompt, token by token as `next` chooses: up to and without one of `stops`, of at most
-// max_tokens tokens, as far as the model has positions. UserError for a prompt of no token or of more than the model has positions
-// for.
+// max_tokens tokens, as far as the model has positions. UserError for a prompt of no token or of more than the model
+// has positions for.
 std::vector<Tokens> decode(DeviceModel& model, std::span<const Tokens> prompts, const Tokens& stops,
                            int64_t max_tokens, const NextToken& next = most_probable);
 

@@ -25,16 +25,16 @@ enum class Block { sequential, parallel, post_norm };
 
 // Names are the field's; family.h reads them from a Hugging Face config.json.
 struct Config {
-  std::string family;         // "llama", "gpt2", ...: a row of family.cpp's table
-  int64_t vocab = 0;          // vocab_size
-  int64_t width = 0;          // hidden_size
-  int64_t intermediate = 0;   // intermediate_size
-  int layers = 0;             // num_hidden_layers
-  int heads = 0;              // num_attention_heads
-  int kv_heads = 0;           // num_key_value_heads
-  int head_dim = 0;           // head_dim, or width / heads
-  int64_t max_positions = 0;  // max_position_embeddings
-  int64_t embedding_width = 0;  // word_embed_proj_dim: where it is not the width, two matrices lie between; 0: the width
+  std::string family;           // "llama", "gpt2", ...: a row of family.cpp's table
+  int64_t vocab = 0;            // vocab_size
+  int64_t width = 0;            // hidden_size
+  int64_t intermediate = 0;     // intermediate_size
+  int layers = 0;               // num_hidden_layers
+  int heads = 0;                // num_attention_heads
+  int kv_heads = 0;             // num_key_value_heads
+  int head_dim = 0;             // head_dim, or width / heads
+  int64_t max_positions = 0;    // max_position_embeddings
+  int64_t embedding_width = 0;  // word_embed_proj_dim, with a matrix between it and another width; 0: the width
   Block block = Block::sequential;
   Norm norm = Norm::rms;
   double norm_epsilon = 1e-6;  // rms_norm_eps, layer_norm_epsilon
@@ -89,9 +89,9 @@ struct LayerWeights {
 
 // The weights, and in the same form their gradients, master copies and moments.
 struct Weights {
-  Tensor embedding;    // [vocab, embedding_width]
+  Tensor embedding;      // [vocab, embedding_width]
   Tensor projection_in;  // [width, embedding_width] where the widths differ, or absent
-  Tensor positions;    // [position_offset + max_positions, width] where positions are learned, or absent
+  Tensor positions;      // [position_offset + max_positions, width] where positions are learned, or absent
   std::vector<LayerWeights> layers;
   Tensor final_norm;       // [width]
   Tensor final_norm_bias;  // [width] or absent
@@ -117,8 +117,8 @@ struct Masters {
 struct Parameter {
   std::string name;  // "layers.3.qkv"
   Tensor tensor;
-  int layer;    // -1: embeddings; config.layers: final norm and output
-  bool decays;  // weight decay applies: matrices yes, norms and biases no
+  int layer;            // -1: embeddings; config.layers: final norm and output
+  bool decays;          // weight decay applies: matrices yes, norms and biases no
   Tensor correction{};  // of a master; absent: the tensor is the master
 
   MasterTensor master() const { return {tensor, correction}; }
@@ -176,13 +176,15 @@ struct CachedRows {
   bool continues;    // rows see their sequence's cached positions; else what the batch's segments say: whole prompts
 };
 
-// tokens -> activations.hidden [rows, embedding_width] T. Reads weights, writes activations. scratch: memory for what nobody
-// reads later. cached: decoding; a row that continues a cached sequence gives what it would in the whole sequence.
+// tokens -> activations.hidden [rows, embedding_width] T. Reads weights, writes activations. scratch: memory for what
+// nobody reads later. cached: decoding; a row that continues a cached sequence gives what it would in the whole
+// sequence.
 void forward(const Config& config, const Weights& weights, const Activations& activations, const DeviceBatch& batch,
              Backend& backend, Arena& scratch, const CachedRows* cached = nullptr);
 
-// dhidden [rows, embedding_width] T -> gradients +=. The steps of forward() in reverse, with their numbers. Consumes dhidden and
-// the activations (not Keep::nothing), over which their gradients are written. scratch: memory for the other gradients.
+// dhidden [rows, embedding_width] T -> gradients +=. The steps of forward() in reverse, with their numbers. Consumes
+// dhidden and the activations (not Keep::nothing), over which their gradients are written. scratch: memory for the
+// other gradients.
 void backward(const Config& config, const Weights& weights, const Weights& gradients, const Activations& activations,
               const Tensor& dhidden, const DeviceBatch& batch, Backend& backend, Arena& scratch);
 

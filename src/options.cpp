@@ -164,7 +164,9 @@ std::vector<Option> build_table() {
   add(train, flag("shuffle", &O::shuffle),
       "a new order every epoch, fixed by --seed; --no-shuffle keeps the files' order")
       .insists();
-  add(train | bench | generate, integer("seed", &O::seed, 0), "fixes the order of the pairs, random weights, what is drawn").insists();
+  add(train | bench | generate, integer("seed", &O::seed, 0),
+      "fixes the order of the pairs, random weights, what is drawn")
+      .insists();
 
   group = "Generation";
   add(generate, text("prompt", "TEXT", &O::prompt), "one user's turn; the answer goes to stdout").asks();
@@ -174,9 +176,11 @@ std::vector<Option> build_table() {
   add(generate, integer("max-new-tokens", &O::max_new_tokens, 1, 1 << 30, "TOKENS"), "longest answer");
   add(generate, number("temperature", &O::temperature, 0), "0: greedy, the most probable token; else drawn");
   add(generate, number("top-p", &O::top_p, 1e-9, 1.0000001), "drawn from the fewest tokens with so much probability");
-  add(generate, number("repetition-penalty", &O::repetition_penalty, 1e-9), "above 1: tokens that occurred are less likely");
+  add(generate, number("repetition-penalty", &O::repetition_penalty, 1e-9),
+      "above 1: tokens that occurred are less likely");
   add(generate, integer("batch-prompts", &O::batch_prompts, 1, 1 << 16), "prompts answered at a time");
-  add(generate, text("model-id", "NAME", &O::model_id), "what the answers are signed with").shown_as("the folder's name");
+  add(generate, text("model-id", "NAME", &O::model_id), "what the answers are signed with")
+      .shown_as("the folder's name");
 
   group = "Objective";
   add(all,

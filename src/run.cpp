@@ -373,7 +373,7 @@ int Run::stop() {
   console().say(stop_reason(), ": stopping after step ", done);
   try {
     collect_checkpoint(true);
-  } catch (const std::exception& e) {  // an earlier checkpoint failed: this one may yet succeed, and has the newest steps
+  } catch (const std::exception& e) {  // an earlier one failed; this one has the newest steps and may yet succeed
     console().say(e.what());
     saved_ = -1;
   }

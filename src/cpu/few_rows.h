@@ -68,8 +68,8 @@ void with_count(std::integer_sequence<int, Index...>, int64_t count, const Body&
   ((count == Index + 1 ? body(std::integral_constant<int, Index + 1>{}) : void()), ...);
 }
 
-// Out is T or A; bias may be null; adds: out +=; pitches are in entries, and the weight is dense. Threads own blocks of weight rows,
-// which stay in cache while the input rows pass in groups.
+// Out is T or A; bias may be null; adds: out +=; pitches are in entries, and the weight is dense. Threads own blocks
+// of weight rows, which stay in cache while the input rows pass in groups.
 template <class T, class Out>
 void multiply_few_rows(Out* out, int64_t out_pitch, const T* in, int64_t in_pitch, const T* weight, const T* bias,
                        int64_t rows, int64_t n, int64_t k, bool adds = false) {
