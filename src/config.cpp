@@ -206,6 +206,7 @@ void check_together(Program program, const Options& o) {
   } else if (program == Program::generate) {
     if (o.model.empty()) fail("--model: which model? Give a Hugging Face folder");
     if (o.prompt.empty() == o.prompts.empty()) fail("--prompt: give either one text, or a file of them with --prompts");
+    if (o.top_p > 1) fail("--top-p: ", o.top_p, " is more than 1, the probability of all tokens");
     check_place("--output", o.answers);
   } else if (program != Program::train) {
     if (o.model.empty()) fail("--model: which model? Give a Hugging Face folder");

@@ -175,7 +175,7 @@ std::vector<Option> build_table() {
       .asks();
   add(generate, integer("max-new-tokens", &O::max_new_tokens, 1, 1 << 30, "TOKENS"), "longest answer");
   add(generate, number("temperature", &O::temperature, 0), "0: greedy, the most probable token; else drawn");
-  add(generate, number("top-p", &O::top_p, 1e-9, 1.0000001), "drawn from the fewest tokens with so much probability");
+  add(generate, number("top-p", &O::top_p, 1e-9), "drawn from the fewest tokens with so much probability");
   add(generate, number("repetition-penalty", &O::repetition_penalty, 1e-9),
       "above 1: tokens that occurred are less likely");
   add(generate, integer("batch-prompts", &O::batch_prompts, 1, 1 << 16), "prompts answered at a time");

@@ -187,7 +187,7 @@ TEST_CASE("generate: the program answers, alike whatever is answered beside, and
   CHECK(holds(refused({}), "--prompt: give either one text, or a file of them with --prompts"));
   CHECK(holds(refused({"--prompt", "a", "--prompts", file}), "--prompt: give either"));
   CHECK(holds(refused({"--prompts", folder.path() / "absent"}), "absent"));
-  CHECK(holds(refused({"--prompt", "a", "--top-p", "1.5"}), "--top-p"));
+  CHECK(holds(refused({"--prompt", "a", "--top-p", "1.5"}), "--top-p: 1.5 is more than 1"));
   CHECK(holds(refused({"--prompt", std::string(20000, 'w')}), "positions leave none for an answer"));
   CHECK(holds(refused({"--prompt", "a", "--output", folder.path() / "absent/answers"}), "there is no folder"));
 }
